@@ -1,0 +1,139 @@
+"""Distilled sets: load, save, look at, convert.
+
+    distilled = load("set.safetensors")
+    network_input, labels = distilled.normalised(), distilled.labels
+
+    python -m common.distilled info set.safetensors
+    python -m common.distilled grid res_CIFAR10_ConvNet_10ipc.pt out.png normalisation=cifar10
+    python -m common.distilled convert logged_files/run7 images/ layout=images normalisation=cifar10
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import distilled_set
+from common.cli import HELP, HelpShown, UsageError, guard, help_text, parse
+from common.datasets_table import NORMALISATION
+from common.distilled_layouts import (
+    FKDRecord,
+    load_dc_pt,
+    load_fkd,
+    load_image_folder,
+    load_mtt_pt,
+    png,
+    write_dc_pt,
+    write_image_folder,
+)
+from common.distilled_set import DistilledSet, to_uint8
+from common.store import write_atomic
+
+__all__ = ["DistilledSet", "FKDRecord", "grid", "load", "load_dc_pt", "load_fkd", "load_image_folder", "load_mtt_pt",
+           "write_dc_pt", "write_image_folder"]
+
+GAP = 2  # px between the images of a grid
+
+
+def load(path: str | Path, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+         classes: Sequence[str] | None = None, experiment: int = 0) -> DistilledSet:
+    """Whatever is found at `path`: our .safetensors, a DC or MTT .pt, an MTT folder, a folder of images.
+
+    mean, std, classes, experiment: for layouts that do not say (`load_dc_pt` and its neighbours); .pt files need mean
+    and std. ValueError for what cannot be read, FileNotFoundError for nothing there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no distilled set at {path}")
+    mtt = (path / "images_best.pt").exists() or (path.suffix == ".pt" and path.name.startswith("images_"))
+    if mtt or path.suffix == ".pt":
+        if mean is None or std is None:
+            raise ValueError(f"{path} does not say how its images were normalised: mean and std are needed")
+        if mtt:
+            return load_mtt_pt(path, mean, std, classes=classes)
+        return load_dc_pt(path, mean, std, classes=classes, experiment=experiment)
+    if path.is_dir():
+        constants = {} if mean is None or std is None else {"mean": mean, "std": std}
+        return load_image_folder(path, **constants, classes=classes)
+    if path.suffix == ".safetensors":
+        return distilled_set.read(path)
+    raise ValueError(f"{path} is not a known layout: .safetensors, .pt, or a folder of images or of images_best.pt")
+
+
+def grid(images: Tensor, columns: int) -> bytes:
+    """A PNG of images [M, C, H, W], uint8 or floats on the [0, 1] scale, `columns` in a row, 2 px of white between."""
+    if images.ndim != 4 or images.shape[0] == 0 or columns < 1:
+        raise ValueError(f"a grid needs images [M, C, H, W], columns above 0; not {list(images.shape)}, {columns}")
+    pixels = images.cpu() if images.dtype == torch.uint8 else to_uint8(images.cpu())
+    count, channels, height, width = pixels.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    height, width = height + GAP, width + GAP
+    canvas = torch.full((channels, rows * height - GAP, columns * width - GAP), 255, dtype=torch.uint8)
+    for position, image in enumerate(pixels):
+        top, left = position // columns * height, position % columns * width
+        canvas[:, top:top + height - GAP, left:left + width - GAP] = image
+    return png(canvas)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line."""
+
+    layout: str = field(default="safetensors", metadata={
+        "help": "what convert writes", "choices": ("safetensors", "images", "dc")})
+    normalisation: str = field(default="auto", metadata={
+        "help": "mean and std of files that do not say", "choices": ("auto", *NORMALISATION)})
+    experiment: int = field(default=0, metadata={"help": "which set of a DC file", "minimum": 0})
+    columns: int = field(default=10, metadata={"help": "width of the grid", "unit": "images", "minimum": 1})
+
+
+def described(distilled: DistilledSet) -> str:
+    """A few lines: shapes, ranges, classes, what is there beside the images, sha256."""
+    images, counts = distilled.images, distilled.labels.bincount(minlength=len(distilled.classes))
+    soft, weights = distilled.soft_labels, distilled.weights
+    lines = {
+        "images": f"float32 {list(images.shape)}, pixels {images.min():.3f} to {images.max():.3f}",
+        "normalised": f"mean {distilled.mean}, std {distilled.std}",
+        "classes": f"{len(distilled.classes)}, {counts.min()} to {counts.max()} images each: "
+                   + ", ".join(distilled.classes[:10]) + (", ..." if len(distilled.classes) > 10 else ""),
+        "soft labels": "none" if soft is None else f"{str(soft.dtype)[6:]} {list(soft.shape)}",
+        "weights": "none" if weights is None else f"{weights.min():.4g} to {weights.max():.4g}",
+        "student lr": distilled.student_lr or "none",
+        "settings": distilled.settings,
+        "sha256": distilled.fingerprint(),
+    }
+    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+def main(argv: list[str]) -> None:
+    """`info FILE`, `grid FILE OUT.png`, `convert FILE OUT`, each with key=value options."""
+    places = {"info": 1, "grid": 2, "convert": 2}
+    prog = "python -m common.distilled info FILE | grid FILE OUT.png | convert FILE OUT"
+    purpose = "Describes, draws or converts a distilled set in any known layout."
+    if not argv or any(argument in HELP for argument in argv):
+        print(help_text(Options, prog=prog, description=purpose))
+        raise HelpShown
+    action, rest = argv[0], argv[1:]
+    if action not in places:
+        raise UsageError(f"unknown action '{action}'; allowed: {', '.join(places)}")
+    if len(rest) < places[action]:
+        raise UsageError(f"{action} needs {'FILE' if places[action] == 1 else 'FILE and OUT'}")
+    paths, options = rest[:places[action]], parse(Options, rest[places[action]:], prog=prog, description=purpose)
+    mean, std = NORMALISATION.get(options.normalisation, (None, None))
+    distilled = load(paths[0], mean=mean, std=std, experiment=options.experiment)
+    if action == "info":
+        print(described(distilled))
+    elif action == "grid":
+        write_atomic(paths[1], grid(distilled.images, options.columns))
+    else:
+        write = {"safetensors": DistilledSet.save, "images": write_image_folder, "dc": write_dc_pt}[options.layout]
+        write(distilled, paths[1])
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, sys.argv[1:]))

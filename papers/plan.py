@@ -1,0 +1,145 @@
+"""Which cells a paper has, what each needs, what is cached or missing, and what it will cost.
+
+A cell is one number of one table or figure.  `paper.yaml` lists cells as products (`ipc: [1, 10]` makes two) and says,
+for each scale, what stands in for each printed data set and which settings it runs with.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from papers.report import RANDOM
+
+__all__ = ["SCALES", "Cell", "Paper", "load_paper", "merged", "papers", "select"]
+
+SCALES = ("smoke", "small", "paper")
+ROOT = Path(__file__).resolve().parent
+PRODUCT = ("dataset", "method", "setting", "arch", "ipc", "label_regime")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number: where it stands, and the settings that differ from those of its scale."""
+
+    table: str
+    dataset: str
+    method: str
+    arch: str
+    ipc: int
+    setting: str = ""
+    metric: str = "accuracy"
+    label_regime: str = "soft"
+    algorithm: str = "wmdd"
+    distill: Mapping = field(default_factory=dict)
+    student: Mapping = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """E.g. table1/imagenette/wmdd/resnet-18/10/soft: the name of its result file, and what only= and skip= match."""
+        method = "random" if self.method == RANDOM else self.method
+        metric = "" if self.metric == "accuracy" else self.metric
+        parts = (self.table, self.dataset, method, self.setting, self.arch, str(self.ipc), self.label_regime, metric)
+        return "/".join(slug(p) for p in parts if p)
+
+    def key(self) -> dict:
+        """The columns that join it with the printed number."""
+        return {
+            name: getattr(self, name) for name in ("table", "dataset", "method", "setting", "arch", "ipc", "metric")
+        }
+
+
+@dataclass(frozen=True)
+class Paper:
+    """`paper.yaml` as read: title, scales, cells, table layouts, figures."""
+
+    name: str
+    title: str
+    scales: Mapping
+    cells: tuple[Mapping, ...]
+    tables: Mapping
+    figures: Mapping
+
+    def cells_at(self, scale: str) -> list[Cell]:
+        """All cells of the paper in printed order; the scale may leave out or change the settings of some."""
+        cells = [cell for entry in self.cells for cell in _product(entry, scale)]
+        repeated = {c.id for c in cells if sum(c.id == d.id for d in cells) > 1}
+        if repeated:
+            raise ValueError(f"papers/{self.name}/paper.yaml lists {sorted(repeated)[0]} twice")
+        return cells
+
+
+def papers() -> tuple[str, ...]:
+    """Names of the papers that have a paper.yaml."""
+    return tuple(sorted(p.parent.name for p in ROOT.glob("*/paper.yaml")))
+
+
+def load_paper(name: str) -> Paper:
+    """Read papers/<name>/paper.yaml; ValueError names what is wrong in it."""
+    if name not in papers():
+        raise ValueError(f"paper={name!r} is unknown; allowed: {', '.join(papers())}")
+    path = ROOT / name / "paper.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted = {"title", "scales", "cells", "tables", "figures"}
+    if not isinstance(content, dict) or set(content) != wanted:
+        raise ValueError(f"{path} must have exactly the keys {', '.join(sorted(wanted))}")
+    return Paper(name, **{**content, "cells": tuple(content["cells"])})
+
+
+def _product(entry: Mapping, scale: str) -> list[Cell]:
+    entry = {k: v for k, v in entry.items() if k != "scales"} if scale in entry.get("scales", SCALES) else None
+    if entry is None:
+        return []
+    axes = {
+        name: entry[name] if isinstance(entry.get(name), list) else [entry.get(name)]
+        for name in PRODUCT
+        if name in entry
+    }
+    fixed = {k: v for k, v in entry.items() if k not in axes}
+    cells = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        if chosen.get("method") == "Random":  # ours: a row of its own, never in the printed one
+            chosen |= {"method": RANDOM}
+        algorithm = fixed.get("algorithm", "random" if chosen["method"] == RANDOM else "wmdd")
+        cells.append(Cell(**{**chosen, **fixed, "algorithm": algorithm}))
+    return cells
+
+
+def select(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[Cell]:
+    """The cells that match any pattern of `only` (all without one) and none of `skip`.
+
+    A pattern such as `table1/imagenette/10` matches an id that has its parts in this order; parts may hold * and ?.
+    Raises ValueError for a pattern that matches no cell.
+    """
+    for pattern in (*only, *skip):
+        if not any(_matches(cell.id, pattern) for cell in cells):
+            example = cells[0].id if cells else "none"
+            raise ValueError(f"pattern {pattern!r} matches no cell; cells are named like {example}")
+    return [
+        cell for cell in cells
+        if (not only or any(_matches(cell.id, p) for p in only)) and not any(_matches(cell.id, p) for p in skip)
+    ]  # fmt: skip
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = iter(name.split("/"))
+    return all(any(fnmatch.fnmatchcase(part, want) for part in parts) for want in pattern.lower().strip("/").split("/"))
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.+=-]+", "-", text.lower()).strip("-")
+
+
+def merged(*layers: Mapping | None) -> dict:
+    """Settings laid over each other, the later ones winning; None counts as empty."""
+    out: dict = {}
+    for layer in layers:
+        out |= layer or {}
+    return out

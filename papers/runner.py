@@ -1,0 +1,362 @@
+"""Makes the tables and figures of a paper: arguments -> plan -> stages -> report.
+
+python -m papers.runner paper=wmdd scale=smoke
+python -m papers.runner paper=wmdd scale=paper only=table1/imagenette/10 budget=2h dry_run=true
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics as stats
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from common import cli
+from common.hardware import commit, hardware, versions
+from common.store import Store, write_atomic
+from common.train import autocast, resolve_device
+from papers import plan, report
+from papers.plan import SCALES, Cell, Paper, load_paper, papers, select
+from papers.stages import Lab, Setup, Stage, setup_of
+
+__all__ = ["Args", "Run", "describe", "main", "parse", "run"]
+
+
+def _arg(default, help: str, **facts):
+    return field(default=default, metadata={"help": help, **facts})
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to run and where."""
+
+    paper: str = field(metadata={"help": "paper to reproduce", "choices": papers()})
+    scale: str = _arg(
+        "auto", "smoke: digits, minutes; small: real images, hours; paper: as published", choices=("auto", *SCALES)
+    )
+    only: tuple[str, ...] = _arg((), "cells to run, e.g. table1/imagenette/10 (parts in order, * allowed)")
+    skip: tuple[str, ...] = _arg((), "cells to leave out, same patterns")
+    seeds: tuple[int, ...] = _arg((), "student seeds; empty: those of the scale", minimum=0)
+    budget: str = _arg("", "stop starting cells after this time, cheapest first (90s, 30m, 2h); empty: no limit")
+    device: str = _arg("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = _arg("auto", "arithmetic of the networks; auto is bf16", choices=("auto", "bf16", "fp32"))
+    data: str = _arg("", "folder of the data sets; empty: the environment variable DD_DATA")
+    out: str = _arg("tables", "folder for tables, figures and result files")
+    store: str = _arg("runs", "folder that caches teachers, distilled sets and students")
+    dry_run: bool = _arg(False, "print the plan and stop")
+
+    def __post_init__(self):
+        resolve_device(self.device)
+        seconds(self.budget)
+
+
+def seconds(text: str) -> float:
+    """'90s', '30m', '2h' or '' (no limit) in seconds; ValueError otherwise."""
+    if not text:
+        return float("inf")
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)):
+        raise ValueError(f"budget={text!r} is not a time; allowed: a number with s, m or h, e.g. 90s, 30m, 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def parse(argv: list[str]) -> Args:
+    """Arguments as a checked `Args` with the scale decided; UsageError names what is wrong and what is allowed."""
+    description = "Regenerates the tables and figures of a paper. Papers: " + ", ".join(papers()) + "."
+    args = cli.parse(Args, argv, prog="bash run_all.sh", description=description)
+    if args.scale == "auto":
+        object.__setattr__(args, "scale", "paper" if torch.cuda.is_available() else "smoke")
+        object.__setattr__(args, "_why", "CUDA is there" if args.scale == "paper" else "no CUDA device was found")
+    paper = load_paper(args.paper)
+    try:
+        select(paper.cells_at(args.scale), args.only, args.skip)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    return args
+
+
+def describe(args: Args) -> str:
+    """The first line printed: what runs at which scale, and why."""
+    why = getattr(args, "_why", "asked for")
+    return f"{args.paper}: scale={args.scale} ({why}), device={resolve_device(args.device)}, out={args.out}, store={args.store}"
+
+
+@dataclass
+class Planned:
+    """A cell with the stages it needs, or the reason why it has none."""
+
+    cell: Cell
+    setup: Setup | None = None
+    stages: tuple[Stage, ...] = ()  # one evaluate stage a seed, or the stages that are timed
+    why: str = ""
+
+
+@dataclass
+class Run:
+    """A finished run: what the notebook shows and plots."""
+
+    args: Args
+    paper: Paper
+    lab: Lab
+    planned: list[Planned]
+    folder: Path
+    results: dict[str, dict]
+
+    @property
+    def failed(self) -> list[Planned]:
+        return [p for p in self.planned if p.why.startswith("failed")]
+
+    def rows(self, table: str) -> list[dict]:
+        """The tidy rows of one table: printed numbers, ours, status."""
+        cells = [p.cell.key() | {"why": p.why, "label_regime": p.cell.label_regime} for p in self.planned]
+        comparable = self.paper.scales[self.args.scale]["comparable"]
+        reported = report.load_reported(plan.ROOT / self.paper.name / "reported.csv")
+        runs = self.paper.tables.get(table, {}).get("reported_runs", 1)
+        return report.table_rows(table, cells, self.results.values(), reported, comparable, reported_runs=runs)
+
+    def values(self, table: str) -> list[dict]:
+        """Result files of one table or figure, one row a seed: for plots."""
+        cells = [r for r in self.results.values() if r["table"] == table]
+        return [{**r, "accuracy": v, "seed": s} for r in cells for v, s in zip(r["values"], r["seeds"], strict=True)]
+
+    def entry(self, cell_id: str):
+        """The store entry of the images behind a cell, or None when it is not there."""
+        for planned in self.planned:
+            if planned.cell.id == cell_id and planned.stages:
+                stage = next(s for s in planned.stages[0].all() if s.name == "distill")
+                return self.lab.store.get(stage.name, self.lab.key(stage))
+        return None
+
+
+# ---------------------------------------------------------------- plan
+
+
+def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
+    """Every selected cell with its stages, or with why it cannot run (missing data, settings, not in this scale)."""
+    scale = paper.scales[args.scale]
+    seeds = args.seeds or tuple(scale["seeds"])
+    out, missing = [], {}
+    chosen = {cell.id for cell in select(paper.cells_at(args.scale), args.only, args.skip)}
+    for cell in paper.cells_at(args.scale):
+        setup = setup_of(scale, cell)
+        if cell.id not in chosen:
+            out.append(Planned(cell, why="left out by only= or skip="))
+        elif setup is None:
+            out.append(Planned(cell, why=scale["why_missing"]))
+        elif setup.dataset in missing:
+            out.append(Planned(cell, setup, why=missing[setup.dataset]))
+        else:
+            try:
+                stages = (lab.wmdd(setup),) if cell.metric == "time" else tuple(lab.students(cell, setup, seeds))
+                out.append(Planned(cell, setup, stages))
+            except (FileNotFoundError, ValueError) as error:
+                missing[setup.dataset] = (
+                    f"missing data: {error}" if isinstance(error, FileNotFoundError) else f"failed: {error}"
+                )
+                out.append(Planned(cell, setup, why=missing[setup.dataset]))
+    return out
+
+
+def pending(planned: Planned, lab: Lab) -> dict[str, Stage]:
+    """The stages of a cell that are not in the store, by key, in the order to run them."""
+    stages = {lab.key(s): s for top in planned.stages for s in top.all()}
+    return {k: s for k, s in stages.items() if lab.store.status(s.name, s.settings, s.inputs) == "missing"}
+
+
+def speed(lab: Lab) -> float:
+    """Floating-point operations a second of a convolution of the networks' kind on this device, for the estimates."""
+    conv = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False).to(lab.device, memory_format=torch.channels_last)
+    x = torch.randn(32, 128, 28, 28, device=lab.device).contiguous(memory_format=torch.channels_last)
+    times = []
+    with torch.no_grad(), autocast(lab.device, lab.dtype):
+        for _ in range(4):
+            start = time.perf_counter()
+            conv(x).sum().item()
+            times.append(time.perf_counter() - start)
+    return 2 * 32 * 28 * 28 * 128 * 128 * 9 / min(times) / 2  # whole networks reach about half of a lone convolution
+
+
+def show_plan(planned: list[Planned], lab: Lab) -> str:
+    """The plan as text for a terminal: cells by state, stages to run, estimated time."""
+    rate, todo = speed(lab), {}
+    states: dict[str, int] = {}
+    lines = []
+    for p in planned:
+        if not p.stages:
+            state = p.why
+        else:
+            wanted = pending(p, lab)
+            todo |= wanted
+            state = (
+                f"to run, {len(wanted)} stages, about {clock(sum(s.flops for s in wanted.values()) / rate)}"
+                if wanted
+                else "cached"
+            )
+        kind = "to run" if state.startswith("to run") else state
+        states[kind] = states.get(kind, 0) + 1
+        if not p.why.startswith("left out"):
+            lines.append(f"  {p.cell.id:<58} {state}")
+    total = clock(sum(s.flops for s in todo.values()) / rate)
+    head = [f"{n} cells {state}" for state, n in states.items()]
+    return "\n".join([*lines, "", *head, f"{len(todo)} stages to run, about {total} on {hardware(lab.device)}"])
+
+
+def clock(s: float) -> str:
+    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------- run
+
+
+def run(args: Args) -> Run:
+    """Run the plan, write result files, tables and figures; a failing cell is reported and the others go on."""
+    paper = load_paper(args.paper)
+    device = resolve_device(args.device)
+    lab = Lab(Store(Path(args.store).expanduser()), args.data or None, device, args.precision)
+    folder = Path(args.out).expanduser() / args.paper / args.scale
+    planned = make_plan(args, paper, lab)
+    if args.dry_run:
+        print(show_plan(planned, lab))
+        return Run(args, paper, lab, planned, folder, {})
+    try:
+        run_cells(planned, lab, folder, args)
+    finally:
+        finished = Run(args, paper, lab, planned, folder, read_results(planned, folder))
+        write_report(finished)
+    return finished
+
+
+def run_cells(planned: list[Planned], lab: Lab, folder: Path, args: Args) -> None:
+    """Run every cell that has stages; with a budget the cheapest first, until the time is used up."""
+    start, limit = time.monotonic(), seconds(args.budget)
+    queue = [p for p in planned if p.stages]
+    rate = 1.0
+    if limit < float("inf"):
+        rate = speed(lab)
+        queue.sort(key=lambda p: sum(s.flops for s in pending(p, lab).values()))
+    for number, p in enumerate(queue, 1):
+        spent = time.monotonic() - start
+        cost = sum(s.flops for s in pending(p, lab).values()) / rate if limit < float("inf") else 0.0
+        if spent + cost > limit:
+            p.why = f"budget={args.budget} was used up (it needs about {clock(cost)})"
+            continue
+        try:
+            result = run_cell(p, lab, args)
+        except Exception as error:  # one cell must not take the others down; the log keeps the traceback
+            p.why = "failed: " + " ".join(str(error).split())
+            log = folder / "logs" / f"{p.cell.id.replace('/', '_')}.log"
+            write_atomic(log, traceback.format_exc().encode())
+            print(f"[{number}/{len(queue)}] {p.cell.id}  FAILED: {error} (traceback in {log})", flush=True)
+            continue
+        write_atomic(result_path(p.cell, folder), (json.dumps(result, indent=1) + "\n").encode())
+        number_text = (
+            f"{result['mean']:.2f} ± {result['std']:.2f}" if p.cell.metric == "accuracy" else f"{result['mean']:.4f} h"
+        )
+        print(f"[{number}/{len(queue)}] {p.cell.id}  {number_text}  ({clock(time.monotonic() - start)})", flush=True)
+
+
+def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
+    """Make the stages of one cell and gather its result."""
+    chain = {lab.key(s): s for top in p.stages for s in top.all()}
+    entries = {key: lab.entry(stage) for key, stage in chain.items()}
+    spent: dict[str, float] = {}
+    for key, stage in chain.items():
+        spent[stage.name] = round(spent.get(stage.name, 0.0) + entries[key].meta["seconds"], 3)
+    if p.cell.metric == "time":
+        values, seeds = [(spent["statistics"] + spent["distill"]) / 3600], [0]
+    else:
+        values = [entries[lab.key(top)].meta["accuracy"] for top in p.stages]
+        seeds = [top.settings["seed"] for top in p.stages]
+    by_name = {stage.name: entries[key].meta for key, stage in chain.items()}
+    return {
+        "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
+        "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else 0.0,
+        "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": p.setup.run_on,
+        "settings": {
+            "size": p.setup.size, "network": p.setup.network, "distill": dict(p.setup.distill), "algorithm": p.cell.algorithm,
+            "student": asdict(p.setup.student), "teacher": asdict(p.setup.teacher), "labels": p.setup.labels,
+            "precision": lab.precision,
+        },
+        "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),
+        "bytes": {"images": by_name["distill"]["bytes"], "labels": by_name.get("relabel", {}).get("bytes", 0)},
+        "versions": versions(), "hardware": hardware(lab.device), "commit": commit(),
+        "command": f"bash run_all.sh paper={args.paper} scale={args.scale} only={p.cell.id}",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def result_path(cell: Cell, folder: Path) -> Path:
+    return folder / "cells" / f"{cell.id.replace('/', '_')}.json"
+
+
+def read_results(planned: list[Planned], folder: Path) -> dict[str, dict]:
+    """The result files of planned cells, also those of earlier runs, by cell id."""
+    known = {p.cell.id for p in planned}
+    return {r["cell"]: r for r in report.load_cells(folder / "cells") if r["cell"] in known}
+
+
+# ---------------------------------------------------------------- report
+
+
+def write_report(finished: Run) -> None:
+    """Tables as CSV, Markdown and LaTeX, extras beside them, and the figures where plotting packages are there."""
+    for table, layout in finished.paper.tables.items():
+        rows = finished.rows(table)
+        report.write_table(rows, layout, finished.folder)
+        extras = report.extras_rows(r for r in finished.results.values() if r["table"] == table)
+        if extras:
+            report.write_extras(extras, finished.folder)
+    figures = draw_figures(finished)
+    print(f"\ntables in {finished.folder}; figures: {', '.join(figures) or 'none'}", flush=True)
+
+
+def draw_figures(finished: Run) -> list[str]:
+    """Draw every figure whose results are there; returns their names."""
+    try:
+        from papers.wmdd import figures
+    except ImportError as error:
+        print(f"figures are left out: {error}")
+        return []
+    drawn = []
+    for name in finished.paper.figures:
+        figure = getattr(figures, name)(finished)
+        if figure is None:
+            continue
+        finished.folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("png", "pdf"):
+            figure.savefig(finished.folder / f"{name}.{kind}", dpi=150, bbox_inches="tight")
+        drawn.append(name)
+    return drawn
+
+
+def show(finished: Run) -> str:
+    """All tables for a terminal of 100 columns."""
+    return "\n\n".join(report.terminal(finished.rows(t), layout) for t, layout in finished.paper.tables.items())
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0: all cells that could run did; 1: a cell failed; 2: wrong usage."""
+    status: list[int] = []
+
+    def body(rest: list[str]) -> None:
+        args = parse(rest)
+        print(describe(args), flush=True)
+        finished = run(args)
+        if not args.dry_run:
+            print(show(finished))
+        for p in finished.failed:
+            print(f"failed: {p.cell.id}: {p.why}", file=sys.stderr)
+        status.append(1 if finished.failed else 0)
+
+    code = cli.guard(body, argv)
+    return code or (status[0] if status else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
