@@ -657,3 +657,15 @@ def distill(
         "images": pixels, "labels": torch.arange(classes).repeat_interleave(config.ipc), "weights": weights.flatten(),
         "atoms": atoms,
     }  # fmt: skip
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from common import cli, script
+
+    sys.exit(
+        cli.guard(lambda a: script.run_with_teacher(a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill), sys.argv[1:])
+    )

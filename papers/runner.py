@@ -6,6 +6,7 @@ python -m papers.runner paper=wmdd scale=paper only=table1/imagenette/10 budget=
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import statistics as stats
@@ -319,7 +320,7 @@ def write_report(finished: Run) -> None:
 def draw_figures(finished: Run) -> list[str]:
     """Draw every figure whose results are there; returns their names."""
     try:
-        from papers.wmdd import figures
+        figures = importlib.import_module(f"papers.{finished.paper.name}.figures")
     except ImportError as error:
         print(f"figures are left out: {error}")
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_doctor_of_a_sound_set(tmp_path, capsys):
 def test_doctor_lists_everything_that_is_wrong(tmp_path, capsys):
     tree(tmp_path, classes=("a", "b", "c"))
     damage(tmp_path / "own" / "train")
-    remove("own", "test", "c")(tmp_path)
+    shutil.rmtree(tmp_path / "own" / "test" / "c")
     empty_folder = tmp_path / "own" / "test" / "b"
     for path in empty_folder.iterdir():
         path.unlink()

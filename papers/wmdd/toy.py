@@ -1,8 +1,8 @@
 """The two-dimensional example of Figure 2: barycenters of outlines under three notions of distance.
 
-Point clouds are float64 [n, 2] and lie on a few circles, or a few crosses, of different places and sizes.  Shapes that
-differ by a shift and a scale have a Wasserstein barycenter in closed form: the same shape at the mean place with the mean
-size (`mean_shape`).  KL and MMD average densities and kernel means instead, so they keep all shapes on top of each other.
+Point clouds are float64 [n, 2] and lie on a few circles, or a few crosses, of different places and sizes.  Shapes
+that differ by a shift and a scale have a Wasserstein barycenter in closed form: the same shape at the mean place with
+the mean size (`mean_shape`).  KL and MMD average densities and kernel means instead, so they keep all shapes at once.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def mmd_barycenter(shapes: Tensor, atoms: Tensor, bandwidth: float = 0.15, steps
 
 
 def wasserstein_barycenter(shapes: Tensor, atoms: Tensor) -> Tensor:
-    """Free-support barycenter of clouds [shapes, n, 2] from the starting atoms [m, 2], equal masses throughout: [m, 2]."""
+    """Free-support barycenter [m, 2] of clouds [shapes, n, 2] from the starting atoms [m, 2]; all masses are equal."""
     masses = [torch.full((len(cloud),), 1 / len(cloud), dtype=torch.float64).numpy() for cloud in shapes]
     found = ot.lp.free_support_barycenter(list(shapes.numpy()), masses, atoms.numpy(), numItermax=100, stopThr=1e-9)
     return torch.from_numpy(found)
