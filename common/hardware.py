@@ -55,7 +55,7 @@ def commit() -> str:
 
 @contextmanager
 def peak_memory(device: torch.device):
-    """Yields a one-item list that holds, after the block, the peak in bytes: of the GPU's allocations, or of the process.
+    """Yields a list that holds, after the block, the peak in bytes: of the GPU's allocations, or of the process.
 
     On Linux the process's high-water mark is reset first; elsewhere it is that of the process's whole life.
     """

@@ -46,16 +46,21 @@ class Common:
 
 
 def run_with_teacher(
-    argv: list[str], name: str, config_class: type, published: Mapping, restore: Callable[[dict], object], distill: Callable
+    argv: list[str],
+    name: str,
+    config_class: type,
+    published: Mapping,
+    restore: Callable[[dict], object],
+    distill: Callable,
 ) -> None:
     """Parse, train or read the teacher, distil (resumable), save, train one student and print its accuracy.
 
-    published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of the
-    method.  distill: the method's function.
+    published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of
+    the method.  distill: the method's function.
     """
     taken = {f.name for f in fields(Common)}
     own = [(f.name, f.type, f) for f in fields(config_class) if f.name not in taken]
-    both = make_dataclass("Arguments", own, bases=(Common,), frozen=True, namespace={"__module__": config_class.__module__})
+    both = make_dataclass("Arguments", own, bases=(Common,), frozen=True, namespace={"__module__": __name__})
     args = cli.parse(both, argv, prog=f"python methods/{name}.py", description=f"{name.upper()}: distil one data set.")
     given = {a.split("=", 1)[0] for a in argv}
     rows = {**published.get((args.dataset, None), {}), **published.get((args.dataset, args.ipc), {})}
@@ -65,7 +70,9 @@ def run_with_teacher(
     print(f"{name} on {hardware(device)}\n" + "  ".join(f"{k}={v}" for k, v in asdict(args).items()), flush=True)
 
     store = Store(Path(args.store).expanduser())
-    train, test = (load(args.dataset, args.data or None, split=s, cache=store.root / "cache") for s in ("train", "test"))
+    train, test = (
+        load(args.dataset, args.data or None, split=s, cache=store.root / "cache") for s in ("train", "test")
+    )
     if isinstance(train, Stream):
         raise ValueError(f"{args.dataset} does not fit into memory; distil it with run_all.sh paper={name} scale=paper")
     size = args.size or min(224, native_size(args.dataset, train))
@@ -92,13 +99,21 @@ def run_with_teacher(
     tensors = made.tensors()
     facts = {"method": name, "dataset": args.dataset, "size": size, "config": asdict(config), "teacher": entry.key}
     result = DistilledSet(
-        tensors["images"], tensors["labels"], train.classes, train.mean, train.std, weights=tensors.get("weights"), settings=facts
+        tensors["images"],
+        tensors["labels"],
+        train.classes,
+        train.mean,
+        train.std,
+        weights=tensors.get("weights"),
+        settings=facts,
     )
     target = Path(args.out).expanduser() / f"{name}_{args.dataset}_ipc{args.ipc}.safetensors"
     result.save(target)
     write_atomic(target.with_suffix(".png"), grid(result.images[: 10 * args.ipc], args.ipc if args.ipc <= 10 else 10))
     print(f"distilled set: {target}\npicture: {target.with_suffix('.png')}", flush=True)
-    top1 = student_accuracy(result, teacher, args.network, args.student_epochs, args.seed, test_views, test, device, dtype)
+    top1 = student_accuracy(
+        result, teacher, args.network, args.student_epochs, args.seed, test_views, test, device, dtype
+    )
     print(f"student: {top1:.2f} % on {len(test)} test images (last epoch, soft labels of the teacher)")
 
 

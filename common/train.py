@@ -120,8 +120,10 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
 def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     params = net.parameters() if recipe.decay_all else parameter_groups(net, recipe.weight_decay)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(params, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(params, recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(
+            params, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(params, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 
 # ---------------------------------------------------------------- stream of views
@@ -168,7 +170,10 @@ def _pixels(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(data, Stream):  # crops and flips are drawn in the decoding workers, from (seed, epoch, image)
         order = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.long)
-        yield from ((p.float(), i) for p, _, i in data.batches(order, recipe.batch, size, "random", seed, epoch))
+        yield from (
+            (p.float(), i)
+            for p, _, i in data.batches(order, recipe.batch, size, "random", seed, epoch, scale=(recipe.crop, 1.0))
+        )
         return
     sizes = data.sizes if data.sizes is not None else torch.tensor(data.images.shape[2:]).expand(len(data.labels), 2)
     sizes = sizes.cpu()

@@ -199,10 +199,10 @@ def statistics(
 ) -> Statistics:
     """Features and per-class BatchNorm statistics in one pass.
 
-    batches(k) yields normalised images [B, C, H, W] of class k, in the order and chunks (100 officially) that count: the
-    variance of a class is the mean of its chunks' variances weighted by their size, as in the released code.
+    batches(k) yields normalised images [B, C, H, W] of class k, in the order and chunks (100 officially) that count:
+    the variance of a class is the mean of its chunks' variances weighted by their size, as in the released code.
     """
-    teacher.eval()
+    teacher = teacher.eval().to(memory_format=torch.channels_last)
     features, labels, means, variances = [], [], [], []
     with probe(teacher, layer, lambda x: group_moments(x, 1)) as (feature, moments):
         for k in range(classes):
@@ -422,7 +422,7 @@ def passes(classes: int, config: Config) -> list[tuple[Tensor, int]]:
     """What is optimised together: (image numbers [B], groups G) for each forward; image k*I + j is image j of class k.
 
     bn="class": a group holds all I images of min(batch // I, K) consecutive classes, as released.  bn="global": one
-    image per class of up to `batch` classes.  Groups are independent problems; up to `in_flight` images share a forward.
+    image per class of up to `batch` classes.  Groups are independent; up to `in_flight` images share a forward.
     """
     number = torch.arange(classes * config.ipc).view(classes, config.ipc)  # [K, I]
     if config.bn == "class":
@@ -459,10 +459,9 @@ def objective(logits: Tensor, feature: Tensor, moments: list, target: Targets, c
     """The loss of one forward, summed over its groups.  official: CE + |F - B|_F + lambda PCBN; paper: Eq. 15."""
     squares = config.loss == "paper"
     loss = feature.new_zeros(())
-    ce_weight = 1.0 if config.feature == "ce" and config.ce_weight == 0 else config.ce_weight
-    if ce_weight:
+    if config.ce_weight:
         per_image = F.cross_entropy(logits.float(), target.labels, reduction="none").view(target.groups, -1)
-        loss = loss + ce_weight * (per_image.sum() if squares else per_image.mean(1).sum())
+        loss = loss + config.ce_weight * (per_image.sum() if squares else per_image.mean(1).sum())
     if config.feature != "ce":
         gap = feature - target.atoms
         if config.feature == "mmd":  # compare class means: [classes in flight, D]
@@ -481,22 +480,28 @@ def objective(logits: Tensor, feature: Tensor, moments: list, target: Targets, c
 class RecoverState:
     """Where a recover run stands; `tensors()` is all that is needed to continue it bit for bit."""
 
-    images: Tensor  # float32 [M, C, S, S], normalised; those of later passes are still zero
+    images: Tensor  # float32 [M, C, S, S], normalised, on the CPU; those of later passes are still zero
     generator: Tensor  # state of the generator, uint8
-    first: Tensor | None = None  # Adam's moments of the images in flight
-    second: Tensor | None = None
     number: int = 0  # pass
     step: int = 0  # steps done in this pass
-    loss: float = math.nan
+    loss: float = math.nan  # at the last multiple of 50 steps
+    live: tuple[Tensor, Tensor, Tensor] | None = None  # images in flight and Adam's two moments, on the device
+    rows: Tensor | None = None  # int64 [B], their numbers
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"images": self.images, "generator": self.generator, "at": torch.tensor([self.number, self.step])}
-        return out if self.first is None else out | {"first": self.first, "second": self.second}
+        if self.live is None:
+            return out
+        x, first, second = (t.detach().cpu() for t in self.live)
+        return out | {"images": self.images.index_copy(0, self.rows, x), "first": first, "second": second}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor]) -> RecoverState:
         number, step = tensors["at"].tolist()
-        return cls(tensors["images"], tensors["generator"], tensors.get("first"), tensors.get("second"), number, step)
+        state = cls(tensors["images"], tensors["generator"], number, step)
+        if "first" in tensors:
+            state.live = (torch.empty(0), tensors["first"], tensors["second"])
+        return state
 
 
 def _targets(
@@ -536,8 +541,8 @@ def recover(
     """Optimise the images (Alg. 1, line 9; Eq. 15) on the teacher's device.
 
     atoms [K, I, D], weights [K, I] -> images float32 [K*I, C, size, size] in [0, 1] pixel space, on the CPU.
-    `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the loss
-    is not finite: nothing of the failed step is handed to `on_step`.
+    `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the
+    loss is not finite (looked at every 50 steps).
     """
     device, channels = next(teacher.parameters()).device, len(mean)
     teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -550,16 +555,17 @@ def recover(
         state = RecoverState(torch.zeros(atoms.shape[0] * config.ipc, channels, size, size), generator.get_state())
     generator.set_state(state.generator)
     plan = passes(len(atoms), config)
-    for state.number in range(state.number, len(plan)):
+    while state.number < len(plan):
         number, groups = plan[state.number]
         target = _targets(teacher, stats, atoms, weights, config, number, groups)
         moment_groups = len(number) // config.ipc if config.bn == "class" else groups
-        if state.first is None:
-            x = torch.randn(len(number), channels, size, size, generator=generator).to(device)
-        else:
-            x = state.images[number].to(device)
-        x.requires_grad_()
-        adam = _adam(x, state)
+        fresh = state.live is None
+        x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[number]
+        x = x.to(device).requires_grad_()
+        adam = torch.optim.Adam([x], betas=(0.5, 0.9))
+        if not fresh:
+            first, second = (t.to(device) for t in state.live[1:])
+            adam.state[x] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
         with probe(teacher, config.layer, lambda m, g=moment_groups, t=target: group_moments(m, g, t.weights)) as seen:
 
             def loss_of(x: Tensor, rows: Tensor, columns: Tensor, target=target, seen=seen) -> Tensor:
@@ -582,44 +588,22 @@ def recover(
                     x.clamp_(*clip)
                 if step % 50 == 49 or step + 1 == config.iterations:
                     state.loss = _finite(loss, step, state.number, config)
-                state.step = step + 1
+                state.step, state.rows, state.generator = step + 1, number, generator.get_state()
+                state.live = (x, adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"])
                 if on_step:
-                    _publish(state, number, x, adam, generator)
                     on_step(state)
         state.images[number] = x.detach().cpu()
-        state.first = state.second = None
-        state.step = 0
-        state.generator = generator.get_state()
+        state.live, state.step, state.number = None, 0, state.number + 1
     pixels = torch.tensor(mean).view(-1, 1, 1) + state.images * torch.tensor(std).view(-1, 1, 1)
     return pixels.clamp(0, 1)
-
-
-def _adam(x: Tensor, state: RecoverState) -> torch.optim.Adam:
-    adam = torch.optim.Adam([x], betas=(0.5, 0.9))
-    if state.first is not None:
-        adam.state[x] = {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": state.first.to(x),
-            "exp_avg_sq": state.second.to(x),
-        }
-    return adam
-
-
-def _publish(
-    state: RecoverState, number: Tensor, x: Tensor, adam: torch.optim.Adam, generator: torch.Generator
-) -> None:
-    """Put the images in flight into the state (views of live tensors: copy before keeping them)."""
-    state.images[number] = x.detach().cpu()
-    state.first, state.second = adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"]
-    state.generator = generator.get_state()
 
 
 def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"the recover loss is {value} at step {step} of pass {number} (lr={config.lr}, bn_weight={config.bn_weight}); "
-            "the last good state is kept; try a smaller lr or precision=fp32"
+            f"the recover loss is {value} at step {step} of pass {number} (lr={config.lr}, "
+            f"bn_weight={config.bn_weight}); the last good state is kept; try a smaller lr or precision=fp32"
         )
     return value
 
@@ -667,5 +651,7 @@ if __name__ == "__main__":
     from common import cli, script
 
     sys.exit(
-        cli.guard(lambda a: script.run_with_teacher(a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill), sys.argv[1:])
+        cli.guard(
+            lambda a: script.run_with_teacher(a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill), sys.argv[1:]
+        )
     )

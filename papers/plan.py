@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """E.g. table1/imagenette/wmdd/resnet-18/10/soft: the name of its result file, and what only= and skip= match."""
+        """E.g. table1/imagenette/wmdd/resnet-18/10/soft: names its result file, and what only= and skip= match."""
         method = "random" if self.method == RANDOM else self.method
         metric = "" if self.metric == "accuracy" else self.metric
         parts = (self.table, self.dataset, method, self.setting, self.arch, str(self.ipc), self.label_regime, metric)
@@ -69,9 +70,9 @@ class Paper:
     def cells_at(self, scale: str) -> list[Cell]:
         """All cells of the paper in printed order; the scale may leave out or change the settings of some."""
         cells = [cell for entry in self.cells for cell in _product(entry, scale)]
-        repeated = {c.id for c in cells if sum(c.id == d.id for d in cells) > 1}
-        if repeated:
-            raise ValueError(f"papers/{self.name}/paper.yaml lists {sorted(repeated)[0]} twice")
+        name, times = Counter(cell.id for cell in cells).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"papers/{self.name}/paper.yaml lists {name} {times} times")
         return cells
 
 

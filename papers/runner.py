@@ -13,7 +13,7 @@ import statistics as stats
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,8 +72,7 @@ def parse(argv: list[str]) -> Args:
     description = "Regenerates the tables and figures of a paper. Papers: " + ", ".join(papers()) + "."
     args = cli.parse(Args, argv, prog="bash run_all.sh", description=description)
     if args.scale == "auto":
-        object.__setattr__(args, "scale", "paper" if torch.cuda.is_available() else "smoke")
-        object.__setattr__(args, "_why", "CUDA is there" if args.scale == "paper" else "no CUDA device was found")
+        args = replace(args, scale=default_scale()[0])
     paper = load_paper(args.paper)
     try:
         select(paper.cells_at(args.scale), args.only, args.skip)
@@ -82,10 +81,19 @@ def parse(argv: list[str]) -> Args:
     return args
 
 
+def default_scale() -> tuple[str, str]:
+    """The scale without `scale=`, and why."""
+    if torch.cuda.is_available():
+        return "paper", "the default where a CUDA device is found"
+    return "smoke", "the default where no CUDA device is found"
+
+
 def describe(args: Args) -> str:
     """The first line printed: what runs at which scale, and why."""
-    why = getattr(args, "_why", "asked for")
-    return f"{args.paper}: scale={args.scale} ({why}), device={resolve_device(args.device)}, out={args.out}, store={args.store}"
+    scale, reason = default_scale()
+    why = reason if args.scale == scale else "asked for"
+    device = resolve_device(args.device)
+    return f"{args.paper}: scale={args.scale} ({why}), device={device}, out={args.out}, store={args.store}"
 
 
 @dataclass
@@ -280,7 +288,8 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
         "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else 0.0,
         "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": p.setup.run_on,
         "settings": {
-            "size": p.setup.size, "network": p.setup.network, "distill": dict(p.setup.distill), "algorithm": p.cell.algorithm,
+            "size": p.setup.size, "network": p.setup.network, "distill": dict(p.setup.distill),
+            "algorithm": p.cell.algorithm,
             "student": asdict(p.setup.student), "teacher": asdict(p.setup.teacher), "labels": p.setup.labels,
             "precision": lab.precision,
         },

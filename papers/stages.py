@@ -29,9 +29,12 @@ from papers.plan import Cell, merged
 __all__ = ["ARCHITECTURES", "Lab", "Setup", "Stage", "setup_of"]
 
 ARCHITECTURES = {  # as printed -> common.networks
-    "ResNet-18": "resnet18", "ResNet-50": "resnet50", "ResNet-101": "resnet101", "ViT-Tiny": "vit-tiny",
+    "ResNet-18": "resnet18",
+    "ResNet-50": "resnet50",
+    "ResNet-101": "resnet101",
+    "ViT-Tiny": "vit-tiny",
     "ViT-Small": "vit-small",
-}  # fmt: skip
+}
 STREAM_SEED = 42  # one stream of views serves all students of a set, as in the released code
 PREVIEW_PER_CLASS = 10
 
@@ -71,7 +74,7 @@ class Stage:
 
 
 def setup_of(scale: Mapping, cell: Cell) -> Setup | None:
-    """The settings of `cell` at a scale: general ones, those of its data set, of its IPC, its own.  None: not in scale."""
+    """The settings of `cell`: the scale's, those of its data set, of its IPC, its own.  None: not in this scale."""
     data = scale["data"].get(cell.dataset)
     if data is None or cell.ipc in data.get("leave_out", ()):
         return None
@@ -83,9 +86,16 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | None:
     distill = merged(*(x.get("distill") for x in layers), cell.distill, {"ipc": cell.ipc})
     teacher = replace(teachers.WMDD_TEACHER, **merged(*(x.get("teacher") for x in layers)))
     return Setup(
-        data["dataset"], data["size"], data.get("network", "resnet18"), data["run_on"], teacher, Recipe(**student), distill,
-        scale.get("labels", "stored"), data.get("shorter"),
-    )  # fmt: skip
+        data["dataset"],
+        data["size"],
+        data.get("network", "resnet18"),
+        data["run_on"],
+        teacher,
+        Recipe(**student),
+        distill,
+        scale.get("labels", "stored"),
+        data.get("shorter"),
+    )
 
 
 class Lab:
@@ -147,9 +157,17 @@ class Lab:
 
         def build(work: Path) -> Product:
             return teachers.train(
-                work, train, self.test_views(setup.dataset, setup.size, setup.shorter), test.labels, network=setup.network,
-                size=setup.size, recipe=setup.teacher, seed=0, precision=self.precision, device=self.device,
-            )  # fmt: skip
+                work,
+                train,
+                self.test_views(setup.dataset, setup.size, setup.shorter),
+                test.labels,
+                network=setup.network,
+                size=setup.size,
+                recipe=setup.teacher,
+                seed=0,
+                precision=self.precision,
+                device=self.device,
+            )
 
         cost = 3 * setup.teacher.epochs * len(train) * forward_flops(setup.network, setup.size)
         what = f"{setup.network} teacher, {setup.run_on}, {setup.teacher.epochs} epochs"
@@ -199,9 +217,18 @@ class Lab:
                     checkpoint.save(state.tensors(), {"losses": steps})
 
             images = wmdd.recover(
-                self.restored(teacher), real, atoms, weights, config, size=setup.size, mean=train.mean, std=train.std,
-                generator=generator, state=state, on_step=on_step,
-            )  # fmt: skip
+                self.restored(teacher),
+                real,
+                atoms,
+                weights,
+                config,
+                size=setup.size,
+                mean=train.mean,
+                std=train.std,
+                generator=generator,
+                state=state,
+                on_step=on_step,
+            )
             labels = torch.arange(len(classes)).repeat_interleave(config.ipc)
             tensors = {"images": images, "labels": labels, "weights": weights.flatten(), "atoms": atoms}
             return self._set(tensors, {"method": "wmdd", "losses": steps}, train)
@@ -257,15 +284,24 @@ class Lab:
         def build(work: Path) -> Product:
             data, _ = self.as_data(images)
             logits = relabel(
-                self.restored(teacher), data, recipe, size=setup.size, seed=STREAM_SEED, device=self.device, dtype=self.dtype,
+                self.restored(teacher),
+                data,
+                recipe,
+                size=setup.size,
+                seed=STREAM_SEED,
+                device=self.device,
+                dtype=self.dtype,
                 checkpoint=Checkpoint(work / "labels.safetensors"),
-            )  # fmt: skip
+            )
             return Product({"logits": logits}, {"bytes": logits.numel() * 2})
 
         steps, batch = self._steps(setup)
         settings = {
-            "recipe": stream_of(recipe), "stream_seed": STREAM_SEED, "size": setup.size, "precision": self.precision,
-        }  # fmt: skip
+            "recipe": stream_of(recipe),
+            "stream_seed": STREAM_SEED,
+            "size": setup.size,
+            "precision": self.precision,
+        }
         cost = steps * batch * forward_flops(setup.network, setup.size)
         return self._stage(
             "relabel", settings, (images, teacher), build, cost, f"soft labels of {images.what}", images, teacher
@@ -290,19 +326,32 @@ class Lab:
             losses: list = []
             net = networks.make(network, classes=len(data.classes), size=setup.size, generator=rng(seed, "student"))
             net = fit(
-                net, data, recipe, size=setup.size, seed=STREAM_SEED if soft else seed, device=self.device, dtype=self.dtype,
-                soft=source, weights=weights if soft else None, checkpoint=Checkpoint(work / "state.safetensors"),
-                on_epoch=lambda epoch, _, loss: losses.append([epoch, loss]), description=f"student {network}",
-            )  # fmt: skip
+                net,
+                data,
+                recipe,
+                size=setup.size,
+                seed=STREAM_SEED if soft else seed,
+                device=self.device,
+                dtype=self.dtype,
+                soft=source,
+                weights=weights if soft else None,
+                checkpoint=Checkpoint(work / "state.safetensors"),
+                on_epoch=lambda epoch, _, loss: losses.append([epoch, loss]),
+                description=f"student {network}",
+            )
             views = self.test_views(setup.dataset, setup.size, setup.shorter)
             top1 = accuracy(net, views, test.labels, data, device=self.device, dtype=self.dtype)
             return Product({}, {"accuracy": top1, "losses": losses[:: max(1, len(losses) // 50)]})
 
         steps, batch = self._steps(setup)
         settings = {
-            "network": network, "recipe": asdict(recipe), "size": setup.size, "seed": seed, "precision": self.precision,
+            "network": network,
+            "recipe": asdict(recipe),
+            "size": setup.size,
+            "seed": seed,
+            "precision": self.precision,
             "labels": setup.labels if soft else "hard",
-        }  # fmt: skip
+        }
         cost = (3 * steps * batch + len(test)) * forward_flops(network, setup.size)
         what = f"{network} student, seed {seed}, {recipe.labels} labels, {images.what}"
         return self._stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)

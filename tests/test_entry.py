@@ -32,7 +32,7 @@ def start(*arguments, tree=ROOT, cwd=ROOT, **variables):
     """run_all.sh of a tree with this interpreter; `variables` are added to the environment, None takes one away."""
     surroundings = {**os.environ, "PYTHON": sys.executable, **variables}
     surroundings = {name: value for name, value in surroundings.items() if value is not None}
-    command = ["bash", str(tree / "run_all.sh"), *arguments]
+    command = ["bash", os.path.relpath(tree / "run_all.sh", cwd), *arguments]
     return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=300)
 
 
@@ -84,15 +84,22 @@ def test_any_folder_and_paths_with_spaces(tree, tmp_path):
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
     done = start(
-        "paper=wmdd", "only=table1, table2", "data=my sets", f"out={tmp_path}/o", "store=~/s",
-        tree=tree, cwd=elsewhere, DD_DATA="sets", CDPATH="/tmp",
+        "paper=wmdd", "only=table1, table2", "data=my sets", f"out={tmp_path}/o", "store=here",
+        tree=tree, cwd=elsewhere, DD_DATA="~/sets",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    expected = ["paper=wmdd", "only=table1, table2", f"data={elsewhere}/my sets", f"out={tmp_path}/o", "store=~/s"]
+    expected = ["paper=wmdd", "only=table1, table2", f"data={elsewhere}/my sets", f"out={tmp_path}/o", f"store={elsewhere}/here"]
     assert seen["arguments"] == expected
     assert Path(seen["folder"]) == tree
-    assert seen["variables"]["DD_DATA"] == f"{elsewhere}/sets"
+    assert seen["variables"]["DD_DATA"] == "~/sets"
+
+
+def test_users_cdpath_does_not_lead_astray(tree, tmp_path):
+    (tmp_path / "decoy" / tree.name).mkdir(parents=True)
+    done = start("paper=wmdd", tree=tree, cwd=tmp_path, CDPATH=str(tmp_path / "decoy"))
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout)["folder"]) == tree
 
 
 def test_python_runs_in_the_callers_folder(tree, tmp_path):
@@ -294,10 +301,11 @@ def users_kernel(tmp_path, monkeypatch):
     spec.mkdir(parents=True)
     broken = {"argv": ["/nowhere/python", "{connection_file}"], "display_name": "mine", "language": "python"}
     (spec / "kernel.json").write_text(json.dumps(broken))
-    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
 
 
-def test_notebook_runs_here_and_is_written_with_its_page(tmp_path, users_kernel, capfd):
+def test_notebook_runs_here_and_is_written_with_its_page(tmp_path, users_kernel, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     source = "import os, sys\nprint(word, count, sys.executable, os.getcwd())\nprint(os.path.abspath('tables'))"
     path = write_notebook(tmp_path / "small.ipynb", source)
     page = notebook.execute(path, {"word": "hello"}, tmp_path / "out")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["figure1", "figure2", "figure4", "figure5a", "figure5b", "figure_labels"]
 
-PREFERRED = ("ImageNet-1K", "ImageNette", "Tiny ImageNet")  # as printed; Figure 1 of the paper shows the first
+IPC_AXIS = "images per class (IPC, log scale)"
 WORDS = {  # the classes of Imagenette by the names of their folders
     "n01440764": "tench", "n02102040": "springer", "n02979186": "cassette player", "n03000684": "chain saw",
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
@@ -38,10 +38,10 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     """Synthetic images of some classes, each above the real training image nearest to the atom it is tied to.
 
     Nearest in the teacher's feature space, among the images of the class.  The images are those of Table 1, at IPC 10
-    where they are there.
+    where they are there, and those of ImageNet-1K, as printed, before others.
     """
     cells = [p for p in run.planned if p.cell.table == "table1" and p.cell.algorithm == "wmdd"]
-    for planned in sorted(cells, key=lambda p: (p.cell.ipc != 10, -p.cell.ipc, _preference(p))):
+    for planned in sorted(cells, key=lambda p: (p.cell.ipc != 10, -p.cell.ipc, p.cell.dataset != "ImageNet-1K")):
         made, real = (_entry(run, planned, stage) for stage in ("distill", "statistics"))
         if made and real:
             break
@@ -102,7 +102,7 @@ def figure2(run: Run, points: int = 150, side: int = 120) -> Figure:
         axes[row, 0].set_ylabel(f"{label}\ny (no unit)")
     text = (
         f"Outlines of four circles and of four crosses, {points} points each, and the barycenter of each kind. Darker"
-        " is denser. KL gives the mixture of the densities; squared MMD (Gaussian kernel, free points moved by gradient)"
+        " is denser. KL gives the mixture of the densities; squared MMD (Gaussian kernel, points moved by gradient)"
         " settles on all outlines at once; Wasserstein (free support, exact transport) gives one shape of mean place"
         " and size. Computed from the definitions without any image data; the shapes are ours, not those of print."
     )
@@ -134,7 +134,7 @@ def figure5a(run: Run) -> Figure | None:
     data["lambda"] = [_lambda(settings["distill"]) for settings in data["settings"]]
     figure, axes = _figure(4.6, 3.4)
     ax = axes[0, 0]
-    _lines(data, ax, x="lambda", hue="dataset", hue_order=[d for d in PREFERRED if d in set(data["dataset"])])
+    _lines(data, ax, x="lambda", hue="dataset", hue_order=_datasets(run, data))
     ax.set(xscale="log", xlabel="λ, weight of the BatchNorm term (no unit, log scale)")
     ax.get_legend().set_title("data set as printed")
     ipc = ", ".join(str(i) for i in sorted(set(data["ipc"])))
@@ -145,8 +145,8 @@ def figure5a(run: Run) -> Figure | None:
 def figure5b(run: Run) -> Figure | None:
     """One image of two classes for each lambda of Figure 5a."""
     sweeps: dict[str, dict[float, tuple]] = {}
-    for planned in sorted((p for p in run.planned if p.cell.table == "figure5a"), key=_preference):
-        if entry := _entry(run, planned, "distill"):
+    for planned in run.planned:
+        if planned.cell.table == "figure5a" and (entry := _entry(run, planned, "distill")):
             sweeps.setdefault(planned.cell.dataset, {})[_lambda(planned.cell.distill)] = (planned, entry)
     if not sweeps:
         return None
@@ -175,14 +175,18 @@ def figure_labels(run: Run) -> Figure | None:
         return None
     data["images"] = ["random real" if method == RANDOM else method for method in data["method"]]
     data["labels"] = data["label_regime"]
-    datasets, kinds = (list(dict.fromkeys(data[name])) for name in ("dataset", "images"))
+    data = data.sort_values("method", key=lambda methods: methods == RANDOM, kind="stable")  # these come last
+    kinds = list(dict.fromkeys(data["images"]))
+    datasets = _datasets(run, data)
     figure, axes = _figure(2.6 * len(datasets) + 1.2, 3.2, 1, len(datasets), sharey=True)
     for ax, dataset in zip(axes[0], datasets, strict=True):
         own = data[data["dataset"] == dataset]
         _lines(own, ax, x="ipc", hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"])
         _ipc_axis(ax, own["ipc"])
+        ax.set_xlabel("")
         ax.set_title(f"{dataset}\n(run on {', '.join(dict.fromkeys(own['run_on']))})", fontsize=9)
         ax.get_legend().remove()
+    figure.supxlabel(IPC_AXIS, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     text = (
         "Student accuracy on the test images of the set each column was run on: WMDD images and random real images, the"
@@ -200,9 +204,9 @@ def _entry(run: Run, planned: Planned, stage: str):
     return run.lab.store.get(stage, run.lab.key(found[0])) if found else None
 
 
-def _preference(planned: Planned) -> int:
-    dataset = planned.cell.dataset
-    return PREFERRED.index(dataset) if dataset in PREFERRED else len(PREFERRED)
+def _datasets(run: Run, data: pd.DataFrame) -> list[str]:
+    """The printed data sets of some results, in the order of the paper."""
+    return [name for name in dict.fromkeys(p.cell.dataset for p in run.planned) if name in set(data["dataset"])]
 
 
 def _centre(data, positions: Tensor, setup) -> Tensor:
@@ -256,7 +260,7 @@ def _lines(data: pd.DataFrame, ax, **roles) -> None:
 
 
 def _ipc_axis(ax, ipcs: Iterable[int]) -> None:
-    ax.set(xscale="log", xlabel="synthetic images per class (IPC, log scale)")
+    ax.set(xscale="log", xlabel=IPC_AXIS)
     ax.set_xticks(sorted(set(ipcs)), [str(i) for i in sorted(set(ipcs))])
     ax.minorticks_off()
 
@@ -275,6 +279,6 @@ def _captioned(figure: Figure, text: str, run: Run | None = None) -> Figure:
     """The figure with a caption beneath it; at scales other than the published one it says so."""
     if run and not run.paper.scales[run.args.scale]["comparable"]:
         text += f" Scale {run.args.scale}: not comparable with print."
-    lines = textwrap.wrap(text, round(17 * figure.get_figwidth()))
+    lines = textwrap.wrap(text, max(60, round(17 * figure.get_figwidth())))
     figure.text(0.5, -0.02, "\n".join(lines), ha="center", va="top", fontsize=8)
     return figure
