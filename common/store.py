@@ -161,29 +161,33 @@ class Checkpoint:
     """The state of a long loop in one file: tensors (images, optimiser, generator state) and a JSON-able dictionary.
 
     `due(step)` is true once `every_steps` steps or `every_seconds` seconds have gone by since it last was, whichever
-    comes first. A kill at any moment leaves the newest complete state.
+    comes first, but not while saving would take more than a twentieth of the time. A kill at any moment leaves the
+    newest complete state.
     """
 
     def __init__(self, path: str | Path, every_seconds: float = 120.0, every_steps: int = 100):
         self.path, self.every_seconds, self.every_steps = Path(path), every_seconds, every_steps
         self._step: int | None = None
         self._time = time.monotonic()
+        self._cost = 0.0  # seconds the last save took
 
     def due(self, step: int) -> bool:
         """Whether to save now; the first step it is asked about starts the count."""
         if self._step is None:
             self._step = step
         waited = time.monotonic() - self._time
-        if step - self._step < self.every_steps and waited < self.every_seconds:
+        if (step - self._step < self.every_steps and waited < self.every_seconds) or waited < 20 * self._cost:
             return False
         self._step, self._time = step, time.monotonic()
         return True
 
     def save(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Replaces the saved state, whole. OSError leaves the previous one in place."""
+        begun = time.monotonic()
         tensors, text = storable(tensors), json.dumps(meta)
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={"meta": text, "sha256": digest(tensors, text)})
+        self._cost = time.monotonic() - begun
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
         """The saved state, on the CPU; None when there is none, or (with a warning that names it) a damaged one."""

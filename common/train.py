@@ -308,11 +308,11 @@ def fit(
         loss.backward()
         optimizer.step()
         running.append(loss.detach())
-        if len(running) % 50 == 0 or view.step + 1 == total:
-            _check_finite(torch.stack(running[-50:]), view.step, recipe)
         bar.update()
-        if checkpoint and checkpoint.due(view.step + 1):
-            _check_finite(torch.stack(running[-50:]), view.step, recipe)
+        save = checkpoint is not None and checkpoint.due(view.step + 1)
+        if save or view.step % 50 == 49 or view.step + 1 == total:
+            _check_finite(loss, view.step, recipe)
+        if save:
             _save(checkpoint, net, optimizer, view.step + 1)
     _end_epoch(epoch, net, running, on_epoch, bar)
     bar.close()
@@ -328,8 +328,8 @@ def _end_epoch(epoch: int, net: nn.Module, losses: list[Tensor], on_epoch, bar) 
         on_epoch(epoch, net, mean)
 
 
-def _check_finite(losses: Tensor, step: int, recipe: Recipe) -> None:
-    if not torch.isfinite(losses).all():
+def _check_finite(loss: Tensor, step: int, recipe: Recipe) -> None:
+    if not torch.isfinite(loss):
         raise FloatingPointError(
             f"the training loss is not finite at step {step} of recipe {recipe.name!r} (lr={recipe.lr}); the last good "
             "state is kept; a smaller learning rate or precision=fp32 may help"
@@ -350,10 +350,13 @@ def _resume(checkpoint: Checkpoint | None, net: nn.Module, optimizer: torch.opti
         return 0
     tensors, meta = saved
     net.load_state_dict({k.removeprefix("net/"): v for k, v in tensors.items() if k.startswith("net/")})
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, i, name = key.split("/", 2)
+            if value.shape == params[int(i)].shape:  # the fused optimiser wants the parameter's own memory order
+                value = torch.empty_like(params[int(i)]).copy_(value)
             slots.setdefault(int(i), {})[name] = value
     state = optimizer.state_dict()
     optimizer.load_state_dict({**state, "state": slots})

@@ -89,8 +89,8 @@ def test_any_folder_and_paths_with_spaces(tree, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    expected = ["paper=wmdd", "only=table1, table2", f"data={elsewhere}/my sets", f"out={tmp_path}/o", f"store={elsewhere}/here"]
-    assert seen["arguments"] == expected
+    paths = [f"data={elsewhere}/my sets", f"out={tmp_path}/o", f"store={elsewhere}/here"]
+    assert seen["arguments"] == ["paper=wmdd", "only=table1, table2", *paths]
     assert Path(seen["folder"]) == tree
     assert seen["variables"]["DD_DATA"] == "~/sets"
 

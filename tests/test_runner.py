@@ -33,10 +33,9 @@ def column(place):
     return runner.run(arguments(place, COLUMN))
 
 
-def arguments(place, *more: str, scale: str = "smoke") -> runner.Args:
-    return runner.parse(
-        ["paper=wmdd", f"scale={scale}", f"store={place}/runs", f"out={place}/tables", "device=cpu", *more]
-    )
+def arguments(place, *more: str, scale: str = "smoke", out: str = "tables") -> runner.Args:
+    start = ["paper=wmdd", f"scale={scale}", f"store={place}/runs", f"out={place}/{out}", "device=cpu"]
+    return runner.parse([*start, *more])
 
 
 def accuracies(run, method: str) -> list[float]:
@@ -148,7 +147,7 @@ def test_two_runs_at_once_share_one_store(column, place, tmp_path):
 
 @pytest.mark.slow
 def test_with_a_budget_the_cheapest_cells_run_first(column, place):
-    run = runner.run(arguments(place, "only=table5,table1/imagenette/wmdd/1/soft", "budget=1s", f"out={place}/budget"))
+    run = runner.run(arguments(place, "only=table5,table1/imagenette/wmdd/1/soft", "budget=1s", out="budget"))
     assert "table1/imagenette/wmdd/resnet-18/1/soft" in run.results  # cached: costs nothing
     left = [p for p in run.planned if "budget=1s" in p.why]
     assert left and all(p.cell.table == "table5" for p in left)

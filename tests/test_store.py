@@ -437,3 +437,22 @@ def test_write_atomic_replaces_or_leaves(tmp_path, monkeypatch):
     path.mkdir()
     with pytest.raises(OSError, match=r"cannot write .*one.json"):
         write_atomic(path, b"fourth")
+
+
+def test_checkpoint_saves_take_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("common.store.time.monotonic", lambda: now[0])
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", every_steps=1)
+    checkpoint.due(0)
+
+    def slow(tensors, path, metadata):
+        now[0] += 3.0
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("common.store.save_file", slow)
+    assert checkpoint.due(1)
+    checkpoint.save({"x": torch.zeros(1)}, {})
+    now[0] = 59.0
+    assert not checkpoint.due(2)
+    now[0] = 61.0
+    assert checkpoint.due(3)

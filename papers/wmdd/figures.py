@@ -88,14 +88,15 @@ def figure2(run: Run, points: int = 150, side: int = 120) -> Figure:
         start = 0.5 * torch.randn(points, 2, generator=generator, dtype=torch.float64)
         atoms = toy.mmd_barycenter(clouds, start), toy.wasserstein_barycenter(clouds, start)
         mixture = toy.kl_barycenter(torch.stack([toy.density(cloud, places) for cloud in clouds]))
+        mixture = mixture.view(side, side).numpy()
         colour = sns.color_palette(hue, 6)
         for number, cloud in enumerate(clouds):
-            axes[row, 0].scatter(*cloud.T, s=3, color=colour[2 + number])
-        axes[row, 1].imshow(mixture.view(side, side), extent=(*edge, *edge), origin="lower", cmap=hue, aspect="auto")
+            axes[row, 0].scatter(*cloud.T.numpy(), s=3, color=colour[2 + number])
+        axes[row, 1].imshow(mixture, extent=(*edge, *edge), origin="lower", cmap=hue, aspect="auto")
         for ax, found in zip(axes[row, 2:], atoms, strict=True):
-            density = toy.density(found, places).view(side, side)
+            density = toy.density(found, places).view(side, side).numpy()
             ax.imshow(density, extent=(*edge, *edge), origin="lower", cmap=hue, aspect="auto", alpha=0.6)
-            ax.scatter(*found.T, s=4, color=colour[-1])
+            ax.scatter(*found.T.numpy(), s=4, color=colour[-1])
         for ax, title in zip(axes[row], titles, strict=True):
             ax.set(xlim=edge, ylim=edge, box_aspect=1, title="" if row else title, xlabel="x (no unit)" if row else "")
             ax.grid(False)

@@ -1,0 +1,62 @@
+"""Writes the results of the README from the committed result files: `python -m papers.readme`.
+
+The block between the two markers is generated and a test compares it with the files, so it cannot go stale.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from common.store import write_atomic
+from papers.plan import ROOT
+from papers.report import RANDOM, extras_rows, load_cells, load_reported
+
+README = ROOT.parent / "README.md"
+BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end of results -->"
+
+
+def results(tables: Path) -> str:
+    """Table 1's ImageNette column at scale small as Markdown: WMDD and random real images, soft and hard labels."""
+    cells = [c for c in load_cells(tables / "wmdd" / "small" / "cells") if c["table"] == "table1"]
+    reported = load_reported(ROOT / "wmdd" / "reported.csv")
+    printed = {
+        r["ipc"]: r for r in reported if (r["table"], r["dataset"], r["method"]) == ("table1", "ImageNette", "WMDD")
+    }
+    rows = {(r["method"], r["ipc"]): r for r in extras_rows(cells)}
+    heads = ["IPC", "WMDD, soft labels", "random real, soft", "WMDD, hard", "random real, hard", "WMDD as printed"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for ipc in sorted({ipc for _, ipc in rows}):
+        ours, random = rows.get(("WMDD", ipc), {}), rows.get((RANDOM, ipc), {})
+        values = [number(row, regime) for regime in ("soft", "hard") for row in (ours, random)]
+        paper = printed[ipc]
+        lines.append(f"| {ipc} | " + " | ".join(values) + f" | {paper['value']} ± {paper['std']} |")
+    about = {(c["run_on"], c["hardware"], len(c["seeds"])) for c in cells}
+    for run_on, hardware, seeds in sorted(about):
+        lines += [
+            "",
+            f"Top-1 accuracy in percent, mean ± standard deviation of {seeds} students; {run_on}; {hardware}.",
+        ]
+    return "\n".join(lines)
+
+
+def number(row: dict, regime: str) -> str:
+    return "not run" if row.get(regime) is None else f"{row[regime]:.1f} ± {row[f'{regime}_std']:.1f}"
+
+
+def updated(text: str, block: str) -> str:
+    """README text with the generated block in its place; ValueError when the markers are missing."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{README.name} must hold {BEGIN!r} and {END!r} once each")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def main() -> int:
+    text = README.read_text(encoding="utf-8")
+    write_atomic(README, updated(text, results(ROOT.parent / "tables")).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
