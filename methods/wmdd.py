@@ -139,7 +139,7 @@ def probe(
 class _Moments(torch.autograd.Function):
     """Channel mean and variance of groups of images, with the gradient in closed form and no copy of the input.
 
-    x [B, C, H, W] -> mean, variance [G, C] float32 over the B/G images of a group and all positions.
+    x [B, C, H, W] -> mean, variance [G, C], float32 at least, over the B/G images of a group and all positions.
     d/dx <g_m, mean> + <g_v, variance> = (g_m + 2 (x - mean) g_v) / n, one fused multiply-add over x.
     """
 
@@ -147,9 +147,9 @@ class _Moments(torch.autograd.Function):
     def forward(ctx, x: Tensor, groups: int):
         b, c, h, w = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(groups, -1, c)  # [G, I*H*W, C], a view when channels_last
-        n = rows.shape[1]
-        mean = rows.sum(1, dtype=torch.float32) / n
-        square = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square() / n
+        n, wide = rows.shape[1], torch.promote_types(rows.dtype, torch.float32)
+        mean = rows.sum(1, dtype=wide) / n
+        square = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square() / n
         ctx.save_for_backward(rows, mean)
         ctx.shape = (b, h, w, c)
         return mean, square - mean.square()
@@ -167,8 +167,8 @@ def group_moments(x: Tensor, groups: int, weights: Tensor | None = None) -> tupl
     """A_mean and A_var of Eq. 14: x [B, C, H, W], weights [G, I] or None for equal ones -> two [G, C]."""
     if weights is None:
         return _Moments.apply(x, groups)
-    x = x.float().unflatten(0, (groups, -1))  # [G, I, C, H, W]
-    w = weights / weights.sum(1, keepdim=True)
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (groups, -1))  # [G, I, C, H, W]
+    w = (weights / weights.sum(1, keepdim=True)).to(x)
     mean = torch.einsum("gi,gic->gc", w, x.mean((3, 4)))
     centred = (x - mean[:, None, :, None, None]).square().mean((3, 4))
     return mean, torch.einsum("gi,gic->gc", w, centred)
@@ -504,6 +504,11 @@ class RecoverState:
         return state
 
 
+def learning_rate(config: Config, step: int) -> float:
+    """Cosine from lr to 0 over the iterations of a batch."""
+    return 0.5 * config.lr * (1 + math.cos(math.pi * step / config.iterations))
+
+
 def _targets(
     teacher: nn.Module, stats: Statistics, atoms: Tensor, weights: Tensor, config: Config, number: Tensor, groups: int
 ) -> Targets:
@@ -578,7 +583,7 @@ def recover(
 
             run = torch.compile(loss_of) if config.compile else loss_of
             for step in range(state.step, config.iterations):
-                adam.param_groups[0]["lr"] = 0.5 * config.lr * (1 + math.cos(math.pi * step / config.iterations))
+                adam.param_groups[0]["lr"] = learning_rate(config, step)
                 rows, columns = random_view(size, jitter, config.crop, generator)
                 adam.zero_grad()
                 loss = run(x, rows.to(device), columns.to(device))

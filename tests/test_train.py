@@ -1,0 +1,181 @@
+"""The training loop: losses against formulas, streams, stored and recomputed labels, exact resume, bad input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import networks
+from common.augment import apply_cutmix, rng
+from common.datasets import Dataset
+from common.store import Checkpoint
+from common.train import (
+    Online,
+    Recipe,
+    Stored,
+    accuracy,
+    fit,
+    kd_loss,
+    normalise,
+    relabel,
+    resolve_device,
+    resolve_precision,
+    steps_per_epoch,
+    views,
+)
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def data() -> Dataset:
+    g = rng("data")
+    images = torch.randint(0, 256, (30, 3, 20, 20), dtype=torch.uint8, generator=g)
+    return Dataset("random", images, torch.arange(30) % 3, ("a", "b", "c"), MEAN, STD, None, "x")
+
+
+def network(seed=0):
+    return networks.make("convnet2", classes=3, size=16, generator=rng(seed))
+
+
+def student(data, recipe, soft=None, **more):
+    net = fit(network(1), data, recipe, size=16, seed=7, device=CPU, soft=soft, **more)
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_kd_loss_is_the_kl_divergence_by_its_formula():
+    student, teacher = torch.randn(5, 4, generator=rng(0)).double(), torch.randn(5, 4, generator=rng(1)).double()
+    total = 0.0
+    for z, t in zip(student / 20, teacher / 20, strict=True):
+        p, q = z.exp() / z.exp().sum(), t.exp() / t.exp().sum()
+        total += sum((q[k] * (q[k] / p[k]).log()).item() for k in range(4))
+    assert kd_loss(student, teacher, 20.0).item() == pytest.approx(total / 5, rel=1e-4)
+    assert kd_loss(teacher, teacher, 20.0).item() == pytest.approx(0, abs=1e-8)
+
+
+def test_kd_loss_at_high_temperature_is_a_small_squared_distance():
+    """|z_T - z_S|^2 / (2 K T^2) with centred logits, and no factor T^2."""
+    student, teacher = torch.randn(64, 10, generator=rng(0)), torch.randn(64, 10, generator=rng(1))
+    gap = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
+    assert kd_loss(student, teacher, 20.0).item() == pytest.approx((gap.square().sum(1).mean() / 8000).item(), rel=0.01)
+
+
+def test_kd_weights_are_relative():
+    student, teacher, w = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6) + 0.1
+    assert kd_loss(student, teacher, 2.0, torch.full((6,), 0.3)).item() == pytest.approx(
+        kd_loss(student, teacher, 2.0).item()
+    )
+    single = torch.stack([kd_loss(student[i : i + 1], teacher[i : i + 1], 2.0) for i in range(6)])
+    assert kd_loss(student, teacher, 2.0, w).item() == pytest.approx(((w * single).sum() / w.sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "batch", "steps"), [(30, 10, 3), (31, 10, 3), (32, 10, 4), (5, 10, 1), (1, 10, 1)])
+def test_a_rest_of_one_image_is_left_out(n, batch, steps):
+    assert steps_per_epoch(n, batch) == steps
+
+
+def test_a_stream_starts_anywhere_with_the_same_views(data):
+    recipe = Recipe(epochs=3, batch=10)
+    whole = list(views(data, recipe, 16, seed=3))
+    for start in (0, 4, 8):
+        for late, view in zip(views(data, recipe, 16, 3, start), whole[start:], strict=True):
+            assert late.step == view.step and torch.equal(late.pixels, view.pixels)
+    assert sorted(torch.cat([v.indices for v in whole[:3]]).tolist()) == list(range(30))
+    assert not torch.equal(whole[0].pixels, next(views(data, recipe, 16, seed=4)).pixels)
+
+
+def test_a_replayed_batch_gives_the_mixed_pixels_and_the_teachers_logits(data):
+    recipe, teacher = Recipe(epochs=2, batch=10), network()
+    logits = relabel(teacher, data, recipe, size=16, seed=3, device=CPU, dtype=torch.float32)
+    assert logits.shape == (6, 10, 3) and logits.dtype == torch.float16
+    plain = replace(recipe, cutmix=False)
+    for view, before in zip(views(data, recipe, 16, 3), views(data, plain, 16, 3), strict=True):
+        outside = (view.pixels == before.pixels).all(1)  # [B, H, W]
+        partner = apply_cutmix(before.pixels, view.permutation, (0, 16, 0, 16))
+        assert ((view.pixels == partner).all(1) | outside).all()
+        with torch.no_grad():
+            wanted = teacher(normalise(view.pixels, MEAN, STD))
+        torch.testing.assert_close(logits[view.step].float(), wanted, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_and_recomputed_labels_give_the_same_student(data, dtype):
+    recipe, teacher = Recipe(epochs=4, batch=10), network()
+    logits = relabel(teacher, data, recipe, size=16, seed=7, device=CPU, dtype=dtype)
+    one = student(data, recipe, Stored(logits), dtype=dtype)
+    two = student(data, recipe, Online(teacher, dtype), dtype=dtype)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("stop", [1, 5, 6, 11])
+def test_a_killed_run_continues_bit_for_bit(data, tmp_path, optimizer, stop):
+    recipe = Recipe(epochs=4, batch=10, optimizer=optimizer, lr=0.01, labels="hard")
+    whole = student(data, recipe)
+
+    class Killed(Exception):
+        pass
+
+    class Killing(Checkpoint):
+        def due(self, step):
+            return step == stop
+
+        def save(self, tensors, meta):
+            super().save(tensors, meta)
+            raise Killed
+
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Killed):
+        student(data, recipe, checkpoint=Killing(path))
+    assert torch.equal(student(data, recipe, checkpoint=Checkpoint(path)), whole)
+
+
+def test_hard_labels_are_mixed_as_the_pixels_are(data):
+    """One step of SGD on CutMix labels equals the step on the mixture of both cross-entropies."""
+    recipe = Recipe(epochs=1, batch=30, labels="hard", optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
+    net = network(1).train()
+    (view,) = views(data, recipe, 16, 7)
+    z = net(normalise(view.pixels, MEAN, STD))
+    y = data.labels[view.indices]
+    loss = (1 - view.share) * F.cross_entropy(z, y) + view.share * F.cross_entropy(z, y[view.permutation])
+    loss.backward()
+    wanted = torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in net.parameters()])
+    torch.testing.assert_close(student(data, recipe, dtype=torch.float32), wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_state(data, tmp_path):
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", every_steps=1)
+    recipe = Recipe(epochs=40, batch=10, labels="hard", optimizer="sgd", lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d+ .*lr=1e\+30"):
+        student(data, recipe, checkpoint=checkpoint)
+    state = checkpoint.load()
+    assert state is None or all(v.isfinite().all() for v in state[0].values() if v.is_floating_point())
+
+
+def test_accuracy_counts_right_answers(data):
+    class Oracle(torch.nn.Module):
+        def forward(self, x):
+            return F.one_hot(((x[:, 0, 0, 0] * STD[0] + MEAN[0]) * 255).round().long() % 3, 3).float()
+
+    images = torch.zeros(9, 3, 16, 16, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(9)
+    labels = torch.arange(9) % 3
+    labels[:3] = (labels[:3] + 1) % 3
+    assert accuracy(Oracle(), images, labels, data, device=CPU, dtype=torch.float32, batch=4) == pytest.approx(
+        100 * 6 / 9
+    )
+
+
+def test_wrong_settings_are_named(data):
+    for make, words in (
+        (lambda: Recipe(optimizer="lion"), "adamw"),
+        (lambda: Recipe(labels="none"), "soft"),
+        (lambda: Recipe(epochs=0), "epochs=0"),
+        (lambda: resolve_device("tpu"), "cuda"),
+        (lambda: resolve_precision("fp8"), "bf16"),
+        (lambda: student(data, Recipe(epochs=1)), "soft labels were not given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
