@@ -186,6 +186,14 @@ def test_an_atom_without_points_finds_some():
     assert weights.min() > 0 and atoms.abs().max() < 100
 
 
+def test_an_atom_without_points_goes_to_the_farthest_one():
+    points = torch.tensor([[0.0]] * 5 + [[100.0]], dtype=torch.float64)
+    atoms, weights = wmdd.learned_barycenter(points, torch.tensor([[0.0], [-500.0]], dtype=torch.float64), iterations=2)
+    assert sorted(atoms[:, 0].tolist()) == pytest.approx([0, 100]) and sorted(weights.tolist()) == pytest.approx(
+        [1 / 6, 5 / 6]
+    )
+
+
 def test_sliced_atoms_match_the_quantiles_in_one_dimension():
     points = torch.arange(12.0, dtype=torch.float64)[torch.randperm(12, generator=rng(0)), None]
     atoms = wmdd.sliced_barycenter(points, torch.randn(4, 1, generator=rng(1), dtype=torch.float64), rng(2))
