@@ -1,8 +1,8 @@
 """WMDD's recover loop in plain form: the formulas one after the other, built as the released code is built.
 
 One batch at a time, fp32, NCHW, hooks that make a permuted contiguous copy of what enters each BatchNorm, crops by
-`F.interpolate`, one `.item()` an iteration.  It is what `methods/wmdd.py` is timed and checked against; it takes the same
-draws, so both compute the same numbers.
+`F.interpolate`, one `.item()` an iteration.  It is what `methods/wmdd.py` is timed and checked against; it takes the
+same draws, so both compute the same numbers.
 """
 
 from __future__ import annotations

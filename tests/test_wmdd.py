@@ -508,3 +508,33 @@ def test_method_files_import_nothing_of_the_repository(path):
         elif isinstance(node, ast.ImportFrom):
             names = ["methods" if node.level else node.module]
         assert not {n.split(".")[0] for n in names} & {"common", "papers", "methods"}, ast.unparse(node)
+
+
+# ---------------------------------------------------------------- the plain form of the benchmark
+
+
+def test_recover_takes_the_steps_of_the_plain_form(teacher, real):
+    """Same noise, atoms, statistics and draws: the images after ten steps agree with the loop the benchmark times."""
+    from benchmarks import plain_wmdd
+
+    stats, config = statistics_of(teacher, real), Config(ipc=2, iterations=10, precision="fp32", jitter=3)
+    atoms, weights = wmdd.barycenters(stats, config, rng(0))
+    ours = wmdd.recover(teacher, stats, atoms, weights, config, size=16, mean=MEAN, std=STD, generator=rng(6))
+    generator = rng(6)
+    noise = torch.randn(8, 3, 16, 16, generator=generator)
+
+    def views():  # the matrices that the method draws; the test of the views ties them to crops, flips and rolls
+        while True:
+            yield wmdd.random_view(16, 3, True, generator)
+
+    low, high = (torch.tensor([(e - m) / s for m, s in zip(MEAN, STD, strict=True)]).view(-1, 1, 1) for e in (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain_wmdd, "augment", lambda x, view: view[0] @ x @ view[1].T)
+        loop = plain_wmdd.recover(
+            teacher, [noise], [torch.arange(4).repeat_interleave(2)], [atoms.flatten(0, 1)],
+            [list(stats.mean.split([8, 12], 1))], [list(stats.var.split([8, 12], 1))], views(),
+            iterations=10, lr=config.lr, bn_weight=config.bn_weight, ce_weight=1.0, low=low, high=high,
+        )  # fmt: skip
+        *_, (plain, _) = loop
+    pixels = (plain * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).clamp(0, 1)
+    assert (ours - pixels).abs().max() < 2e-3
