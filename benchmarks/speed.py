@@ -4,9 +4,9 @@
     python benchmarks/speed.py only=recover64 repeats=5
 
 Every form runs in a process of its own (honest memory peaks, its own allocator settings).  The driver asks them in
-turn for one iteration at a time and takes medians, so that a noisy machine hits all alike.  The plain form is
 turn for one iteration at a time and takes medians: a noisy machine then hits all alike.  The plain form is
-table benchmarks/results/README.md.
+benchmarks/plain_wmdd.py: the formulas as the released code builds them.  Results: benchmarks/results/<name>.json and
+the table benchmarks/results/README.md.
 """
 
 from __future__ import annotations
