@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 import ot
@@ -136,6 +137,23 @@ def probe(
             hook.remove()
 
 
+def power_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of values and of squares over the middle dimension: [G, n, C] -> two [G, C], float32 at least.
+
+    A CPU converts pieces that stay in its cache: four times faster than one wide copy of bf16 rows.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return rows.sum(1, dtype=wide), rows.to(wide).square().sum(1)
+    sums = torch.zeros(2, rows.shape[0], rows.shape[2], dtype=wide)
+    for group, total, squares in zip(rows, *sums, strict=True):
+        for piece in group.split(max(1, 2**18 // rows.shape[2])):
+            piece = piece.to(wide)
+            total += piece.sum(0)
+            squares += piece.square().sum(0)
+    return sums[0], sums[1]
+
+
 class _Moments(torch.autograd.Function):
     """Channel mean and variance of groups of images, with the gradient in closed form and no copy of the input.
 
@@ -147,12 +165,11 @@ class _Moments(torch.autograd.Function):
     def forward(ctx, x: Tensor, groups: int):
         b, c, h, w = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(groups, -1, c)  # [G, I*H*W, C], a view when channels_last
-        n, wide = rows.shape[1], torch.promote_types(rows.dtype, torch.float32)
-        mean = rows.sum(1, dtype=wide) / n
-        square = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square() / n
+        total, squares = power_sums(rows)
+        mean = total / rows.shape[1]
         ctx.save_for_backward(rows, mean)
         ctx.shape = (b, h, w, c)
-        return mean, square - mean.square()
+        return mean, squares / rows.shape[1] - mean.square()
 
     @staticmethod
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor):
@@ -393,8 +410,20 @@ def resample_matrix(start: Tensor, length: Tensor, out: int, size: int) -> Tenso
 # --- end shared block ---
 
 
-def random_view(size: int, jitter: int, crop: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One crop, flip and roll for a whole batch as two matrices [S, S]: the view is rows @ image @ columns.T.
+class View(NamedTuple):
+    """One crop, flip and roll shared by a whole batch, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    down: int
+    right: int
+
+
+def random_view(size: int, jitter: int, crop: bool, generator: torch.Generator) -> View:
+    """Draws the view of one step.
 
     Crop: area share U(0.08, 1), aspect log-uniform in (3/4, 4/3), ten tries, else the whole image; flip with
     probability 1/2; roll by whole pixels uniform in [0, jitter].
@@ -412,10 +441,28 @@ def random_view(size: int, jitter: int, crop: bool, generator: torch.Generator) 
         place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         top, left = int(place[0] * (size - height + 1)), int(place[1] * (size - width + 1))
     flip = crop and torch.rand((), generator=generator).item() < 0.5
-    rows, columns = resample_matrix(torch.tensor([top, left]), torch.tensor([height, width]), size, size)
-    columns = columns.flip(0) if flip else columns
-    dy, dx = torch.randint(jitter + 1, (2,), generator=generator).tolist()
-    return rows.roll(dy, 0), columns.roll(dx, 0)
+    return View(top, left, height, width, flip, *torch.randint(jitter + 1, (2,), generator=generator).tolist())
+
+
+def view_matrices(view: View, size: int) -> tuple[Tensor, Tensor]:
+    """The same view as two matrices [S, S]: rows @ image @ columns.T."""
+    rows, columns = resample_matrix(torch.tensor(view[:2]), torch.tensor(view[2:4]), size, size)
+    columns = columns.flip(0) if view.flip else columns
+    return rows.roll(view.down, 0), columns.roll(view.right, 0)
+
+
+def see(x: Tensor, view: View) -> Tensor:
+    """x [B, C, S, S] through `view`: crop, resize to S x S, flip, roll.
+
+    By matrices on a GPU, where their gradient is deterministic; by the library's resize on a CPU, where it is faster.
+    """
+    size = x.shape[-1]
+    if x.device.type == "cpu":
+        x = x[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
+        x = F.interpolate(x, (size, size), mode="bilinear")
+        return (x.flip(3) if view.flip else x).roll((view.down, view.right), (2, 3))
+    rows, columns = (m.to(x.device) for m in view_matrices(view, size))
+    return ((x @ columns.T).transpose(2, 3) @ rows.T).transpose(2, 3)
 
 
 def passes(classes: int, config: Config) -> list[tuple[Tensor, int]]:
@@ -449,6 +496,11 @@ class Targets:
     weights: Tensor | None  # [classes in flight, I], None when uniform
     mean: list[Tensor]  # per layer, [classes in flight, C] or [1, C]
     var: list[Tensor]
+
+    @property
+    def sets(self) -> int:
+        """Sets of images with statistics of their own: classes in flight or groups."""
+        return max(self.groups, len(self.mean[0]))
 
 
 def _norm(x: Tensor) -> Tensor:  # [..., D] -> [...]; smooth at 0
@@ -493,6 +545,11 @@ class RecoverState:
         if self.live is None:
             return out
         x, first, second = (t.detach().cpu() for t in self.live)
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"the images are not finite after step {self.step} of pass {self.number}; the last good state is kept; "
+                "try a smaller lr or precision=fp32"
+            )
         return out | {"images": self.images.index_copy(0, self.rows, x), "first": first, "second": second}
 
     @classmethod
@@ -560,33 +617,30 @@ def recover(
         state = RecoverState(torch.zeros(atoms.shape[0] * config.ipc, channels, size, size), generator.get_state())
     generator.set_state(state.generator)
     plan = passes(len(atoms), config)
-    while state.number < len(plan):
-        number, groups = plan[state.number]
-        target = _targets(teacher, stats, atoms, weights, config, number, groups)
-        moment_groups = len(number) // config.ipc if config.bn == "class" else groups
-        fresh = state.live is None
-        x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[number]
-        x = x.to(device).requires_grad_()
-        adam = torch.optim.Adam([x], betas=(0.5, 0.9))
-        if not fresh:
-            first, second = (t.to(device) for t in state.live[1:])
-            adam.state[x] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
-        with probe(teacher, config.layer, lambda m, g=moment_groups, t=target: group_moments(m, g, t.weights)) as seen:
+    with probe(teacher, config.layer, lambda entering: group_moments(entering, target.sets, target.weights)) as seen:
 
-            def loss_of(x: Tensor, rows: Tensor, columns: Tensor, target=target, seen=seen) -> Tensor:
-                seen[0].clear(), seen[1].clear()
-                view = ((x @ columns.T).transpose(2, 3) @ rows.T).transpose(2, 3)
-                view = view.contiguous(memory_format=torch.channels_last)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    logits = teacher(view)
-                return objective(logits, seen[0][0], seen[1], target, config)
+        def loss_of(view: Tensor, target: Targets) -> Tensor:
+            seen[0].clear(), seen[1].clear()
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = teacher(view)
+            return objective(logits, seen[0][0], seen[1], target, config)
 
-            run = torch.compile(loss_of) if config.compile else loss_of
+        run = torch.compile(loss_of) if config.compile else loss_of
+        while state.number < len(plan):
+            number, groups = plan[state.number]
+            target = _targets(teacher, stats, atoms, weights, config, number, groups)
+            fresh = state.live is None
+            x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[number]
+            x = x.to(device).requires_grad_()
+            adam = torch.optim.Adam([x], betas=(0.5, 0.9))
+            if not fresh:
+                first, second = (t.to(device) for t in state.live[1:])
+                adam.state[x] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
             for step in range(state.step, config.iterations):
                 adam.param_groups[0]["lr"] = learning_rate(config, step)
-                rows, columns = random_view(size, jitter, config.crop, generator)
+                view = see(x, random_view(size, jitter, config.crop, generator))
                 adam.zero_grad()
-                loss = run(x, rows.to(device), columns.to(device))
+                loss = run(view.contiguous(memory_format=torch.channels_last), target)
                 loss.backward()
                 adam.step()
                 with torch.no_grad():
@@ -597,8 +651,8 @@ def recover(
                 state.live = (x, adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"])
                 if on_step:
                     on_step(state)
-        state.images[number] = x.detach().cpu()
-        state.live, state.step, state.number = None, 0, state.number + 1
+            state.images[number] = x.detach().cpu()
+            state.live, state.step, state.number = None, 0, state.number + 1
     pixels = torch.tensor(mean).view(-1, 1, 1) + state.images * torch.tensor(std).view(-1, 1, 1)
     return pixels.clamp(0, 1)
 

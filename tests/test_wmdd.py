@@ -2,9 +2,11 @@
 
 import ast
 import math
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +14,12 @@ import ot
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torchvision.transforms import RandomResizedCrop
 
+from benchmarks import plain_wmdd
+from common import networks
 from common.augment import rng
 from methods import wmdd
 from methods.wmdd import Config, RecoverState, Statistics
@@ -167,16 +173,29 @@ def test_transport_cost_of_a_hand_made_case():
     assert wmdd.transport_cost(atoms, torch.tensor([0.75, 0.25]), points) == pytest.approx((1 + 4 + 81 + 4) / 4)
 
 
-@pytest.mark.parametrize("seed", range(4))
+def real_features():
+    """Features of 200 real images of a class by a network with random weights, or a skip without the images."""
+    folder = Path(os.environ.get("DD_DATA", "nowhere")).expanduser() / "cifar10" / "train"
+    files = sorted(path for one in sorted(folder.glob("*"))[:1] for path in one.iterdir())[:200]
+    if len(files) < 200:
+        pytest.skip("needs DD_DATA with cifar10/train/<class>/")
+    pixels = torch.stack([torchvision.io.decode_image(str(path)) for path in files]) / 255
+    net = networks.make("resnet18-mod", classes=10, size=32, generator=rng(0)).eval()
+    net.fc = nn.Identity()
+    with torch.no_grad():
+        return net(pixels).double()
+
+
+@pytest.mark.parametrize("seed", [*range(4), "real"])
 def test_learned_weights_cost_no_more_than_what_they_start_from(seed):
-    points = clusters(70, seed=seed)
+    points = real_features() if seed == "real" else clusters(70, seed=seed)
     for weights in ("uniform", "subgradient"):
         atoms, share = (x.double() for x in wmdd.barycenter(points, 6, rng(seed), weights=weights))
         learned, own = wmdd.learned_barycenter(points, atoms)
         before, after = wmdd.transport_cost(atoms, share, points), wmdd.transport_cost(learned, own, points)
         assert after <= before + 1e-9
         nearest = wmdd.squared_distances(points, learned).argmin(1)
-        torch.testing.assert_close(own, torch.bincount(nearest, minlength=6).double() / 70)
+        torch.testing.assert_close(own, torch.bincount(nearest, minlength=6).double() / len(points))
         assert own.min() > 0
 
 
@@ -221,8 +240,8 @@ def test_too_many_atoms_are_refused():
 @pytest.mark.parametrize("draw", range(100))
 def test_a_view_is_crop_resize_flip_and_roll(draw):
     size, jitter, image = 24, 5, torch.rand(2, 3, 24, 24, generator=rng("image"))
-    rows, columns = wmdd.random_view(size, jitter, True, rng(draw))
-    ours = rows @ image @ columns.T
+    view = wmdd.random_view(size, jitter, True, rng(draw))
+    rows, columns = wmdd.view_matrices(view, size)
     g = rng(draw)  # the same draws, spelled out
     for area, aspect in torch.rand(10, 2, generator=g, dtype=torch.float64).tolist():
         ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect)
@@ -238,7 +257,25 @@ def test_a_view_is_crop_resize_flip_and_roll(draw):
     if torch.rand((), generator=g).item() < 0.5:
         plain = plain.flip(3)
     dy, dx = torch.randint(jitter + 1, (2,), generator=g).tolist()
-    torch.testing.assert_close(ours, plain.roll((dy, dx), (2, 3)), atol=1e-5, rtol=0)
+    wanted = plain.roll((dy, dx), (2, 3))
+    torch.testing.assert_close(rows @ image @ columns.T, wanted, atol=1e-5, rtol=0)  # as a GPU does
+    torch.testing.assert_close(wmdd.see(image, view), wanted, atol=1e-6, rtol=0)
+
+
+def test_views_follow_torchvisions_law():
+    size, n = 64, 4000
+    ours = torch.tensor([wmdd.random_view(size, 9, True, rng("law", i)) for i in range(n)]).double()
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(0)
+        image = torch.zeros(1, size, size)
+        theirs = [RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
+    for have, want in zip(ours[:, :4].unbind(1), torch.tensor(theirs).double().unbind(1), strict=True):
+        assert (have.mean() - want.mean()).abs() < 4 * (2 * want.var() / n).sqrt()
+        assert have.std() == pytest.approx(want.std().item(), rel=0.08)
+    assert ours[:, 4].mean() == pytest.approx(0.5, abs=0.04)
+    for roll in (ours[:, 5], ours[:, 6]):  # 0 to 9, each as often
+        assert (torch.bincount(roll.long(), minlength=10) / n - 0.1).abs().max() < 0.02
+    assert wmdd.random_view(size, 0, False, rng(0)) == (0, 0, size, size, False, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +464,30 @@ def test_a_stopped_run_continues_bit_for_bit(teacher, real, stop):
     assert torch.equal(resumed, whole)
 
 
+@pytest.mark.parametrize("config", [QUICK, replace(QUICK, compile=True)], ids=["eager", "compiled"])
+def test_a_run_is_the_plain_loop_of_the_released_code(teacher, real, config):
+    """The first steps of two batches, same draws: losses and images.  (Later Adam multiplies rounding errors.)"""
+    if config.compile and shutil.which("c++") is None:
+        pytest.skip("compiling needs a C++ compiler")
+    config, stats, ours = replace(config, iterations=4), statistics_of(teacher, real), []
+    atoms, weights = wmdd.barycenters(stats, config, rng(0))
+    keep = lambda s: ours.append(s.live[0].detach().clone())  # noqa: E731
+    wmdd.recover(teacher, stats, atoms, weights, config, size=16, mean=MEAN, std=STD, generator=rng(1), on_step=keep)
+    g, noise, views = rng(1), [], []
+    for _ in range(2):
+        noise.append(torch.randn(4, 3, 16, 16, generator=g))
+        views += [wmdd.random_view(16, 2, True, g) for _ in range(4)]
+    widths = [bn.num_features for bn in wmdd.batch_norms(teacher)]
+    low, high = (torch.tensor([(e - m) / s for m, s in zip(MEAN, STD, strict=True)])[:, None, None] for e in (0, 1))
+    plain = plain_wmdd.recover(
+        teacher, noise, [torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2, 3, 3])], list(atoms.view(2, 4, -1)),
+        *([part.split(widths, 1) for part in s.split(2)] for s in (stats.mean, stats.var)), iter(views),
+        iterations=4, lr=config.lr, bn_weight=config.bn_weight, ce_weight=1.0, low=low, high=high,
+    )  # fmt: skip
+    for have, (want, _) in zip(ours, plain, strict=True):
+        assert (have - want).abs().mean() < 1e-3
+
+
 def test_groups_in_flight_do_not_change_the_images(teacher, real):
     """Two batches in one forward, with the draws of one: the images of each equal those of its own run."""
     stats = statistics_of(teacher, real)
@@ -459,6 +520,19 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(teacher, real):
         wmdd.recover(teacher, broken, atoms, weights, QUICK, size=16, mean=MEAN, std=STD, generator=rng(0))
 
 
+def test_a_state_that_is_not_finite_is_not_handed_out(teacher, real):
+    """The loss is looked at every 50 steps only; a checkpoint in between must not replace the last good state."""
+    stats, kept = statistics_of(teacher, real), []
+    broken = Statistics(stats.features, stats.labels, stats.mean * math.nan, stats.var)
+    atoms, weights = wmdd.barycenters(stats, QUICK, rng(0))
+    with pytest.raises(FloatingPointError, match="images are not finite after step 1 of pass 0"):
+        wmdd.recover(
+            teacher, broken, atoms, weights, QUICK, size=16, mean=MEAN, std=STD, generator=rng(0),
+            on_step=lambda state: kept.append(state.tensors()),
+        )  # fmt: skip
+    assert kept == []
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -482,12 +556,21 @@ def test_a_teacher_without_batch_norm_is_named(real):
 
 ALONE = """
 import torch, torchvision, wmdd
-teacher = torchvision.models.resnet18(num_classes=3).eval()
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+        self.last = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(x)).relu().amax((2, 3)))
+
 images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
 config = wmdd.Config(ipc=2, iterations=2)
-out = wmdd.distill(images, torch.arange(30) % 3, teacher, config, mean=(0.5,) * 3, std=(0.2,) * 3,
-                   generator=torch.Generator().manual_seed(0))
-assert out["images"].shape == (6, 3, 32, 32) and out["images"].isfinite().all()
+for teacher in (torchvision.models.resnet18(num_classes=3), Own()):
+    out = wmdd.distill(images, torch.arange(30) % 3, teacher.eval(), config, mean=(0.5,) * 3, std=(0.2,) * 3,
+                       generator=torch.Generator().manual_seed(0))
+    assert out["images"].shape == (6, 3, 32, 32) and out["images"].isfinite().all()
 print("alone")
 """
 
@@ -523,18 +606,16 @@ def test_recover_takes_the_steps_of_the_plain_form(teacher, real):
     generator = rng(6)
     noise = torch.randn(8, 3, 16, 16, generator=generator)
 
-    def views():  # the matrices that the method draws; the test of the views ties them to crops, flips and rolls
+    def views():
         while True:
             yield wmdd.random_view(16, 3, True, generator)
 
     low, high = (torch.tensor([(e - m) / s for m, s in zip(MEAN, STD, strict=True)]).view(-1, 1, 1) for e in (0, 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain_wmdd, "augment", lambda x, view: view[0] @ x @ view[1].T)
-        loop = plain_wmdd.recover(
-            teacher, [noise], [torch.arange(4).repeat_interleave(2)], [atoms.flatten(0, 1)],
-            [list(stats.mean.split([8, 12], 1))], [list(stats.var.split([8, 12], 1))], views(),
-            iterations=10, lr=config.lr, bn_weight=config.bn_weight, ce_weight=1.0, low=low, high=high,
-        )  # fmt: skip
-        *_, (plain, _) = loop
+    loop = plain_wmdd.recover(
+        teacher, [noise], [torch.arange(4).repeat_interleave(2)], [atoms.flatten(0, 1)],
+        [list(stats.mean.split([8, 12], 1))], [list(stats.var.split([8, 12], 1))], views(),
+        iterations=10, lr=config.lr, bn_weight=config.bn_weight, ce_weight=1.0, low=low, high=high,
+    )  # fmt: skip
+    *_, (plain, _) = loop
     pixels = (plain * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).clamp(0, 1)
     assert (ours - pixels).abs().max() < 2e-3
