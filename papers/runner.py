@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -297,7 +297,7 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
         "bytes": {"images": by_name["distill"]["bytes"], "labels": by_name.get("relabel", {}).get("bytes", 0)},
         "versions": versions(), "hardware": hardware(lab.device), "commit": commit(),
         "command": f"bash run_all.sh paper={args.paper} scale={args.scale} only={p.cell.id}",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 

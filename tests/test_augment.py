@@ -78,8 +78,13 @@ def test_cutmix_boxes_have_the_side_of_a_uniform_lambda():
     boxes = torch.tensor([cutmix_box(64, rng(i)) for i in range(3000)])
     unclipped = boxes[(boxes[:, 0] > 0) & (boxes[:, 1] < 64) & (boxes[:, 2] > 0) & (boxes[:, 3] < 64)]
     assert ((unclipped[:, 1] - unclipped[:, 0]) == (unclipped[:, 3] - unclipped[:, 2])).all()
-    area = ((boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])).double() / 64**2
-    assert 0.2 < area.mean() < 0.4  # below 1/2, since boxes at the border are cut
+    area = ((boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])).double()
+    centre, wanted = torch.arange(64.0), []
+    for share in (torch.arange(500) + 0.5) / 500:  # 1 - lambda
+        half = int(64 * share.sqrt()) // 2
+        side = ((centre + half).clamp(max=64) - (centre - half).clamp(min=0)).mean()
+        wanted.append(side**2)  # the centre's row and column are independent
+    assert (area.mean() - torch.stack(wanted).mean()).abs() < 4 * area.std() / 3000**0.5
 
 
 def test_the_shared_block_is_the_same_in_both_files():

@@ -84,6 +84,9 @@ def test_a_stream_starts_anywhere_with_the_same_views(data):
             assert late.step == view.step and torch.equal(late.pixels, view.pixels)
     assert sorted(torch.cat([v.indices for v in whole[:3]]).tolist()) == list(range(30))
     assert not torch.equal(whole[0].pixels, next(views(data, recipe, 16, seed=4)).pixels)
+    for name in ("indices", "pixels", "permutation"):  # drawn anew for every epoch and batch
+        assert not torch.equal(getattr(whole[0], name), getattr(whole[3], name))
+        assert not torch.equal(getattr(whole[0], name), getattr(whole[1], name))
 
 
 def test_a_replayed_batch_gives_the_mixed_pixels_and_the_teachers_logits(data):
