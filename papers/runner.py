@@ -306,9 +306,9 @@ def result_path(cell: Cell, folder: Path) -> Path:
 
 
 def read_results(planned: list[Planned], folder: Path) -> dict[str, dict]:
-    """The result files of planned cells, also those of earlier runs, by cell id."""
-    known = {p.cell.id for p in planned}
-    return {r["cell"]: r for r in report.load_cells(folder / "cells") if r["cell"] in known}
+    """The result files of planned cells, also those of earlier runs, by cell id and in the order of the plan."""
+    found = {r["cell"]: r for r in report.load_cells(folder / "cells")}
+    return {p.cell.id: found[p.cell.id] for p in planned if p.cell.id in found}
 
 
 # ---------------------------------------------------------------- report
