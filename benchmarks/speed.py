@@ -138,13 +138,13 @@ def measure_recover(case: str, options: Options, device: torch.device, peak_rate
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
-    for worker in workers.values():
-        float(worker.stdout.readline())  # the first iteration, compilation included
+    for form, worker in workers.items():
+        read_seconds(worker, form)  # the first iteration, compilation included
     for turn in range(2 + options.repeats):  # two more to warm up
         for form, worker in workers.items():
             worker.stdin.write("\n")
             worker.stdin.flush()
-            took = float(worker.stdout.readline())
+            took = read_seconds(worker, form)
             if turn >= 2:
                 seconds[form].append(took)
     peaks = {}
@@ -162,6 +162,14 @@ def measure_recover(case: str, options: Options, device: torch.device, peak_rate
         "peak_memory_bytes": peaks, "flops": flops, "flops_per_second": {f: flops / m for f, m in median.items()},
         "share_of_matrix_product": {f: flops / m / peak_rate for f, m in median.items()},
     }  # fmt: skip
+
+
+def read_seconds(worker: subprocess.Popen, form: str) -> float:
+    """The next answer of a worker; RuntimeError with its exit status if it has ended (-9: killed, e.g. for memory)."""
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the form {form!r} ended before it was asked to, with exit status {worker.wait()}")
+    return float(line)
 
 
 def measure_barycenter(options: Options) -> dict:
@@ -215,7 +223,8 @@ def table(results: list[dict]) -> str:
     """The results as Markdown, one row a form."""
     lines = ["# Speed", "", "Written by `python benchmarks/speed.py`; medians, all forms of a case asked in turn.", ""]
     for result in results:
-        lines += [f"## {result['name']}: {result['what']}", "", f"{result['hardware']}, commit {result['commit']}", ""]
+        where = f"{result['hardware']}, load before {result['load_before']:.1f}, commit {result['commit']}"
+        lines += [f"## {result['name']}: {result['what']}", "", where, ""]
         lines += [
             "| form | seconds | over plain | over plain, tuned | peak memory | TFLOP/s | share of matmul |",
             "|---" * 7 + "|",
@@ -247,12 +256,16 @@ def main(argv: list[str]) -> None:
         raise cli.UsageError(
             f"only={','.join(sorted(unknown))} is unknown; allowed: {', '.join((*CASES, 'barycenter'))}"
         )
+    load = os.getloadavg()[0]
+    if device.type == "cpu" and load > 0.5:
+        print(f"note: other work on this machine (load {load:.1f}): seconds and ratios will not hold", flush=True)
     rate, folder = matrix_product_rate(device), ROOT / options.out
     for name in options.only:
         found = measure_barycenter(options) if name == "barycenter" else measure_recover(name, options, device, rate)
         found |= {
             "matrix_product_flops_per_second": rate,
             "hardware": hardware(device),
+            "load_before": load,
             "versions": versions(),
             "commit": commit(),
         }
