@@ -208,6 +208,18 @@ def measure_barycenter(options: Options) -> dict:
     }  # fmt: skip
 
 
+def busy_cores() -> float:
+    """Cores that other work keeps busy, looked at for two seconds; 0 where the system does not tell."""
+    file = Path("/proc/stat")
+    if not file.exists():
+        return 0.0
+    read = lambda: [int(x) for x in file.read_text().split("\n", 1)[0].split()[1:9]]  # noqa: E731
+    before = read()
+    time.sleep(2)
+    spent = [b - a for a, b in zip(before, read(), strict=True)]  # user, nice, system, idle, iowait, ...
+    return (os.cpu_count() or 1) * (1 - (spent[3] + spent[4]) / max(sum(spent), 1))
+
+
 def matrix_product_rate(device: torch.device) -> float:
     """FLOP/s of a 4096 x 4096 bf16 matrix product: what the shares are shares of."""
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
@@ -223,7 +235,8 @@ def table(results: list[dict]) -> str:
     """The results as Markdown, one row a form."""
     lines = ["# Speed", "", "Written by `python benchmarks/speed.py`; medians, all forms of a case asked in turn.", ""]
     for result in results:
-        where = f"{result['hardware']}, load before {result['load_before']:.1f}, commit {result['commit']}"
+        busy = f"{result['busy_cores_before']:.1f} cores busy before" if "busy_cores_before" in result else "load unknown"
+        where = f"{result['hardware']}, {busy}, commit {result['commit']}"
         lines += [f"## {result['name']}: {result['what']}", "", where, ""]
         lines += [
             "| form | seconds | over plain | over plain, tuned | peak memory | TFLOP/s | share of matmul |",
@@ -256,16 +269,16 @@ def main(argv: list[str]) -> None:
         raise cli.UsageError(
             f"only={','.join(sorted(unknown))} is unknown; allowed: {', '.join((*CASES, 'barycenter'))}"
         )
-    load = os.getloadavg()[0]
-    if device.type == "cpu" and load > 0.5:
-        print(f"note: other work on this machine (load {load:.1f}): seconds and ratios will not hold", flush=True)
+    busy = busy_cores()
+    if busy > 0.2:
+        print(f"note: other work keeps {busy:.1f} cores of this machine busy: the ratios may not hold", flush=True)
     rate, folder = matrix_product_rate(device), ROOT / options.out
     for name in options.only:
         found = measure_barycenter(options) if name == "barycenter" else measure_recover(name, options, device, rate)
         found |= {
             "matrix_product_flops_per_second": rate,
             "hardware": hardware(device),
-            "load_before": load,
+            "busy_cores_before": busy,
             "versions": versions(),
             "commit": commit(),
         }
