@@ -235,8 +235,9 @@ def table(results: list[dict]) -> str:
     """The results as Markdown, one row a form."""
     lines = ["# Speed", "", "Written by `python benchmarks/speed.py`; medians, all forms of a case asked in turn.", ""]
     for result in results:
-        busy = f"{result['busy_cores_before']:.1f} cores busy before" if "busy_cores_before" in result else "load unknown"
-        where = f"{result['hardware']}, {busy}, commit {result['commit']}"
+        where = f"{result['hardware']}, commit {result['commit']}"
+        if "busy_cores_before" in result:
+            where += f", {result['busy_cores_before']:.1f} cores busy before with other work"
         lines += [f"## {result['name']}: {result['what']}", "", where, ""]
         lines += [
             "| form | seconds | over plain | over plain, tuned | peak memory | TFLOP/s | share of matmul |",

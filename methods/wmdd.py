@@ -327,7 +327,7 @@ def learned_barycenter(points: Tensor, atoms: Tensor, iterations: int = 300) -> 
     return atoms + points_mean, count.double() / len(points)
 
 
-def sliced_barycenter(points: Tensor, atoms: Tensor, generator: torch.Generator, iterations: int = 100) -> Tensor:
+def sliced_barycenter(points: Tensor, atoms: Tensor, generator: torch.Generator, iterations: int = 50) -> Tensor:
     """Free-support barycenter under the sliced Wasserstein distance (Table 4): match sorted projections.
 
     In each round the D axes of a random rotation are the slices; on each, the sorted atoms go towards the means of the
@@ -340,7 +340,7 @@ def sliced_barycenter(points: Tensor, atoms: Tensor, generator: torch.Generator,
     overlap = torch.minimum(edges_m[1:, None], edges_n[1:]) - torch.maximum(edges_m[:-1, None], edges_n[:-1])
     block = overlap.clamp(min=0) * m  # [m, n]
     for round_ in range(iterations):
-        rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0].to(points)
+        rotation = torch.linalg.qr(torch.randn(d, d, generator=generator))[0].to(points)
         target = block.to(points) @ (points @ rotation).sort(0).values  # [m, D] quantile means per slice
         projected = atoms @ rotation
         rank = projected.argsort(0).argsort(0)
