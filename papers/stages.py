@@ -105,6 +105,7 @@ class Lab:
         self.store, self.root, self.device = store, root, device
         self.precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[resolve_precision(precision)]
         self.dtype = resolve_precision(precision)
+        self._checked: dict[str, Entry] = {}
 
     # ---------------------------------------------------------------- data
 
@@ -148,8 +149,11 @@ class Lab:
         return self.store.key(stage.name, stage.settings, stage.inputs)
 
     def entry(self, stage: Stage) -> Entry:
-        """The finished entry of a stage; made now if it is missing."""
-        return self.store.make(stage.name, stage.settings, stage.inputs, stage.build)
+        """The finished entry of a stage; made now if it is missing, checked once in the life of a lab."""
+        key = self.key(stage)
+        if key not in self._checked:
+            self._checked[key] = self.store.make(stage.name, stage.settings, stage.inputs, stage.build)
+        return self._checked[key]
 
     def teacher(self, setup: Setup) -> Stage:
         train, test = (self.data(setup.dataset, split) for split in ("train", "test"))
