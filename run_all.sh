@@ -33,7 +33,7 @@ Keys:
   seeds      student seeds, comma separated: 0,1,2; default: those of the scale
   budget     start no cell after this time, cheapest cells first: 90s, 20m or 2h
   device     auto, cpu, cuda or cuda:N
-  precision  auto (bf16), bf16 or fp32
+  precision  auto (bf16 where the device has it, else fp32), bf16 or fp32
   data       root of the data sets; default: the environment variable DD_DATA
   out        where tables and figures are written; default: tables
   store      where trained networks and images are kept between runs; default: runs

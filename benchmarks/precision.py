@@ -26,7 +26,7 @@ from common import cli, networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, load
 from common.distilled_set import to_uint8
-from common.hardware import commit, hardware, versions
+from common.hardware import made
 from common.store import write_atomic
 from common.train import Online, Recipe, accuracy, fit, normalise, resolve_device, resolve_precision
 from methods import wmdd
@@ -58,7 +58,7 @@ class Study:
         self.recipe = replace(teachers.WMDD_TEACHER, epochs=options.teacher_epochs)
 
     def score(self, net, precision: str) -> float:
-        dtype = resolve_precision(precision)
+        dtype = resolve_precision(precision, self.device)
         return accuracy(net, self.test_views, self.test.labels, self.train, device=self.device, dtype=dtype)
 
     def network(self, seed: int, name: str):
@@ -70,7 +70,7 @@ class Study:
         net = self.network(seed, "teacher")
         return fit(
             net, self.train, self.recipe, size=self.options.size, seed=seed, device=self.device,
-            dtype=resolve_precision(precision), description=f"teacher {precision} {seed}",
+            dtype=resolve_precision(precision, self.device), description=f"teacher {precision} {seed}",
         )  # fmt: skip
 
     def images(self, teacher, real: wmdd.Statistics, seed: int, precision: str) -> Dataset:
@@ -85,7 +85,7 @@ class Study:
         return replace(self.train, images=to_uint8(pixels), labels=labels, sizes=None)
 
     def student(self, teacher, images: Dataset, seed: int, precision: str) -> float:
-        dtype = resolve_precision(precision)
+        dtype = resolve_precision(precision, self.device)
         net = fit(
             self.network(seed, "student"), images.to(self.device), Recipe(epochs=self.options.student_epochs),
             size=self.options.size, seed=seed, device=self.device, dtype=dtype, soft=Online(teacher, dtype),
@@ -133,8 +133,7 @@ def main(argv: list[str]) -> None:
             f"{question}: bf16 - fp32 = {stats.fmean(difference):+.2f} ± {spread:.2f} points, {len(difference)} seeds"
         )
     chosen = {k: v for k, v in asdict(options).items() if k not in ("data", "out")}
-    facts = {"options": chosen, "run_on": study.train.note, "hardware": hardware(study.device)}
-    facts |= {"versions": versions(), "commit": commit()}
+    facts = {"options": chosen, "run_on": study.train.note, **made(study.device)}
     write_atomic(options.out, (json.dumps({"accuracy": rows, **facts}, indent=1) + "\n").encode())
 
 

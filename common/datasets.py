@@ -72,6 +72,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def short_side(self) -> int:
+        """The shorter side in px, the median where the images differ."""
+        if self.sizes is None:
+            return min(self.images.shape[-2:])
+        return int(self.sizes.min(1).values.median())
+
     def to(self, device: torch.device | str) -> Dataset:
         """The same set with its tensors on `device`."""
         sizes = None if self.sizes is None else self.sizes.to(device)

@@ -29,12 +29,13 @@ from common.distilled_layouts import (
     png,
     write_dc_pt,
     write_image_folder,
+    write_mtt_pt,
 )
 from common.distilled_set import DistilledSet, to_uint8
 from common.store import write_atomic
 
 __all__ = ["DistilledSet", "FKDRecord", "grid", "load", "load_dc_pt", "load_fkd", "load_image_folder", "load_mtt_pt",
-           "write_dc_pt", "write_image_folder"]
+           "write_dc_pt", "write_image_folder", "write_mtt_pt"]
 
 GAP = 2  # px between the images of a grid
 
@@ -85,7 +86,7 @@ class Options:
     """Options of the command line."""
 
     layout: str = field(default="safetensors", metadata={
-        "help": "what convert writes", "choices": ("safetensors", "images", "dc")})
+        "help": "what convert writes", "choices": ("safetensors", "images", "dc", "mtt")})
     normalisation: str = field(default="auto", metadata={
         "help": "mean and std of files that do not say", "choices": ("auto", *NORMALISATION)})
     experiment: int = field(default=0, metadata={"help": "which set of a DC file", "minimum": 0})
@@ -131,8 +132,10 @@ def main(argv: list[str]) -> None:
     elif action == "grid":
         write_atomic(paths[1], grid(distilled.images, options.columns))
     else:
-        write = {"safetensors": DistilledSet.save, "images": write_image_folder, "dc": write_dc_pt}[options.layout]
-        write(distilled, paths[1])
+        writers = {
+            "safetensors": DistilledSet.save, "images": write_image_folder, "dc": write_dc_pt, "mtt": write_mtt_pt,
+        }  # fmt: skip
+        writers[options.layout](distilled, paths[1])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +172,28 @@ def write_dc_pt(distilled: DistilledSet, path: str | Path) -> None:
     buffer = io.BytesIO()
     torch.save({"data": data, "accs_all_exps": {}}, buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def write_mtt_pt(distilled: DistilledSet, folder: str | Path, whiten: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Writes `images_best.pt`, `labels_best.pt` (class numbers, or logits [M, K]) and, if learned, `lr_best.pt`.
+
+    Images as networks are fed them: normalised, or, for a set distilled under ZCA, whitened by `whiten` (the
+    `common.augment.ZCA` of its training images), with `images_zca_best.pt` for the pixels as MTT has it. ValueError
+    for such a set without `whiten`.
+    """
+    if distilled.whitening is not None and whiten is None:
+        raise ValueError("the set was distilled under ZCA: the MTT layout needs whiten=ZCA.fit(training images)")
+    labels = distilled.labels if distilled.soft_labels is None else distilled.soft_labels
+    inputs = distilled.normalised() if whiten is None else whiten(distilled.images)
+    tensors = {"images_best": inputs, "labels_best": labels}
+    if whiten is not None:
+        tensors["images_zca_best"] = distilled.images
+    if distilled.student_lr is not None:
+        tensors["lr_best"] = torch.tensor(distilled.student_lr)
+    for name, tensor in tensors.items():
+        buffer = io.BytesIO()
+        torch.save(tensor.detach().cpu().clone(), buffer)
+        write_atomic(Path(folder) / f"{name}.pt", buffer.getvalue())
 
 
 def png(image: Tensor) -> bytes:

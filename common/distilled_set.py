@@ -25,6 +25,8 @@ class DistilledSet:
     mean, std: per channel, on the [0, 1] scale; networks are fed (images - mean) / std.
     soft_labels: float [M, K], logits before the softmax. weights: float [M], weight of each image, not negative.
     student_lr: learning rate learned with the images. settings: JSON-able, what made the set.
+    whitening: for sets distilled under ZCA, {"zca_eps", "fitted_on"}: networks are fed the images whitened by
+    common.augment.ZCA, fitted on the training images with this fingerprint, and not normalised.
     """
 
     images: Tensor
@@ -35,6 +37,7 @@ class DistilledSet:
     soft_labels: Tensor | None = None
     weights: Tensor | None = None
     student_lr: float | None = None
+    whitening: dict | None = None
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -65,13 +68,21 @@ class DistilledSet:
         _require(self.student_lr is None or (math.isfinite(self.student_lr) and self.student_lr > 0),
                  f"student_lr must be a finite number above 0, not {self.student_lr}")
         canonical(self.settings)  # refuses what JSON cannot hold
+        canonical(self.whitening)
 
     def uint8(self) -> Tensor:
         """uint8 [M, C, H, W]: clamped to [0, 1], times 255, truncated (254.9 to 254) as SRe2L, WMDD and RDED do."""
         return to_uint8(self.images)
 
     def normalised(self) -> Tensor:
-        """float32 [M, C, H, W]: (images - mean) / std, what a network is fed."""
+        """float32 [M, C, H, W]: (images - mean) / std, what a network is fed.
+
+        ValueError for a whitened set, which takes `ZCA.fit(training images)(images)` instead.
+        """
+        if self.whitening is not None:
+            raise ValueError(
+                f"this set was distilled under ZCA ({self.whitening}): feed networks ZCA.fit(training images)(images)"
+            )
         return (self.images - self._channels(self.mean)) / self._channels(self.std)
 
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["commit", "hardware", "peak_memory", "versions"]
+__all__ = ["bf16_is_fast", "commit", "hardware", "made", "peak_memory", "versions"]
 
 PACKAGES = ("torch", "torchvision", "timm", "POT", "numpy", "scikit-learn")
 
@@ -31,15 +32,37 @@ def hardware(device: torch.device) -> str:
     """One line: the GPU's name, or the processor's with threads and its bf16 instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model, flags = platform.processor() or platform.machine(), ""
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text().splitlines()
-        model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model)
-        flags = next((x for x in lines if x.startswith("flags")), "")
-    bf16 = "AMX" if "amx_bf16" in flags else "AVX-512 bf16" if "avx512_bf16" in flags else "no bf16 instructions"
-    return f"{model}, {torch.get_num_threads()} threads, {bf16}"
+    model = _cpuinfo("model name") or platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}, {_bf16_instructions() or 'no bf16 instructions'}"
 
 
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware.  A CPU without does it fifty times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(_bf16_instructions())
+
+
+def _bf16_instructions() -> str:
+    flags = _cpuinfo("flags").split()
+    return "AMX" if "amx_bf16" in flags else "AVX-512 bf16" if "avx512_bf16" in flags else ""
+
+
+@functools.cache
+def _cpuinfo(name: str) -> str:
+    """The first value of /proc/cpuinfo under this name; empty where there is none."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+
+def made(device: torch.device) -> dict:
+    """Where and by what a result was made: goes into the facts of every stage."""
+    return {"versions": versions(), "hardware": hardware(device), "commit": commit()}
+
+
+@functools.cache
 def commit() -> str:
     """The commit of the code that runs, with `+changes` where files differ from it; `unknown` outside a checkout."""
     root = Path(__file__).resolve().parent.parent

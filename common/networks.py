@@ -4,49 +4,26 @@
 
 Every factory returns a plain `nn.Module` that maps images [B, C, size, size] to logits [B, K]; its last `nn.Linear` is
 the classifier, and what enters that layer is the feature [B, D] that the distribution-matching methods use.
-ResNets, MobileNetV2 and EfficientNet-B0 come from torchvision, vision transformers from timm.
+ResNets, MobileNetV2 and EfficientNet-B0 come from torchvision, vision transformers from timm, the small networks of the
+matching literature from `networks_small`.  A ConvNet takes its variations in the name, in any order:
+
+    convnet3-instance-w64-sigmoid-maxpool       # depth 1..8; norm, width, activation and pooling where not the default
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["ConvNet", "count_parameters", "make", "names"]
+from common import networks_small as small
+from common.networks_small import ConvNet, InstanceNorm
 
-
-class ConvNet(nn.Module):
-    """ConvNet-D: D blocks of [conv 3x3, norm, ReLU, average pool 2x2], then one linear layer on the flattened map.
-
-    norm: "instance" is GroupNorm with one channel a group (DC, DM, MTT), "batch" is BatchNorm (RDED, NRR-DD).
-    """
-
-    def __init__(
-        self, classes: int, size: int, channels: int = 3, depth: int = 3, width: int = 128, norm: str = "batch"
-    ):
-        super().__init__()
-        norms: dict[str, Callable[[int], nn.Module]] = {
-            "batch": nn.BatchNorm2d,
-            "instance": lambda c: nn.GroupNorm(c, c),
-            "none": lambda _: nn.Identity(),
-        }
-        if norm not in norms:
-            raise ValueError(f"norm={norm!r} is unknown; allowed: {', '.join(norms)}")
-        if size >> depth < 1:
-            raise ValueError(f"size={size} is too small for depth={depth}: each block halves the map")
-        blocks: list[nn.Module] = []
-        for block in range(depth):
-            conv = nn.Conv2d(channels if block == 0 else width, width, 3, padding=1)
-            blocks += [conv, norms[norm](width), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
-        self.features = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width * (size >> depth) ** 2, classes)
-
-    def forward(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, K]
-        return self.classifier(self.features(images).flatten(1))
+__all__ = ["ConvNet", "InstanceNorm", "count_parameters", "make", "names"]
 
 
 def _resnet(depth: int, stem: str, classes: int, size: int, channels: int) -> nn.Module:
@@ -81,8 +58,14 @@ def _vit(name: str, classes: int, size: int, channels: int) -> nn.Module:
     )
 
 
-def _convnet(depth: int, norm: str, classes: int, size: int, channels: int) -> nn.Module:
-    return ConvNet(classes, size, channels, depth, norm=norm)
+def _dcbench(depth: int, classes: int, size: int, channels: int) -> nn.Module:
+    """DC-Bench's Tiny-ImageNet students: ImageNet stem, instance norm, default initialisation of every layer."""
+    if size <= 32:  # the last map has one pixel, and its norm would wipe out the image
+        raise ValueError(f"size={size} is too small for resnet{depth}-dcbench: 33 is the least")
+    net = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes, norm_layer=InstanceNorm)
+    if channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    return net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
 
 
 def _rgb_only(name: str, channels: int) -> None:
@@ -94,16 +77,51 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{d}": partial(_resnet, d, "imagenet") for d in (18, 34, 50, 101)},
     **{f"resnet{d}-mod": partial(_resnet, d, "mod") for d in (18, 34, 50, 101)},
     **{f"resnet{d}-wmdd-tiny": partial(_resnet, d, "wmdd-tiny") for d in (18, 50, 101)},
-    **{f"convnet{d}": partial(_convnet, d, "batch") for d in range(2, 7)},
-    **{f"convnet{d}-instance": partial(_convnet, d, "instance") for d in range(2, 7)},
+    **{f"convnet{d}": partial(ConvNet, depth=d) for d in range(1, 9)},
+    **{f"convnet{d}-instance": partial(ConvNet, depth=d, norm="instance") for d in range(1, 9)},
+    "mlp": small.mlp,
+    "lenet": small.lenet,
+    "alexnet": small.alexnet,
+    "alexnet-bn": partial(small.alexnet, norm="batch"),
+    "vgg11-instance": small.vgg11,
+    "vgg11-bn": partial(small.vgg11, norm="batch"),
+    "resnet18-instance": small.resnet18,
+    "resnet18-bn": partial(small.resnet18, norm="batch"),
+    "resnet18-ap-instance": partial(small.resnet18, average=True),
+    "resnet18-ap-bn": partial(small.resnet18, average=True, norm="batch"),
+    **{f"resnet{d}-dcbench": partial(_dcbench, d) for d in (18, 152)},
     **{n: partial(_torchvision, n) for n in ("mobilenet_v2", "efficientnet_b0")},
     **{f"vit-{n}": partial(_vit, n) for n in ("tiny", "small")},
 }
 
+# What may follow "convnetD-": each part sets one argument of ConvNet.
+_PARTS: dict[str, tuple[str, str | int]] = {
+    **{n: ("norm", n) for n in ("instance", "group", "layer")},
+    "nonorm": ("norm", "none"),
+    **{f"w{w}": ("width", w) for w in (32, 64, 128, 256)},
+    **{a: ("activation", a) for a in ("sigmoid", "leaky", "swish")},
+    "maxpool": ("pooling", "max"),
+    "nopool": ("pooling", "none"),
+}
+
 
 def names() -> tuple[str, ...]:
-    """All names that `make` knows."""
+    """All names that `make` knows, but for the ConvNets with further parts in their names."""
     return tuple(_FACTORIES)
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    if name in _FACTORIES:
+        return _FACTORIES[name]
+    head, *parts = name.split("-")
+    depth = re.fullmatch("convnet([1-8])", head)
+    options = dict(_PARTS[p] for p in parts if p in _PARTS)
+    if depth is None or len(options) < len(parts):  # a part is unknown, or two set the same argument
+        raise ValueError(
+            f"network {name!r} is unknown; allowed: {', '.join(_FACTORIES)}; and convnetD followed by "
+            f"-{', -'.join(_PARTS)}, at most one for each of norm, width, activation and pooling"
+        )
+    return partial(ConvNet, depth=int(depth[1]), **options)
 
 
 def make(name: str, *, classes: int, size: int, generator: torch.Generator, channels: int = 3) -> nn.Module:
@@ -112,12 +130,11 @@ def make(name: str, *, classes: int, size: int, generator: torch.Generator, chan
     The initial weights depend on `generator` alone (one draw is taken from it); the global random state is left as it
     was.  Raises ValueError for an unknown name.
     """
-    if name not in _FACTORIES:
-        raise ValueError(f"network {name!r} is unknown; allowed: {', '.join(_FACTORIES)}")
+    factory = _factory(name)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _FACTORIES[name](classes=classes, size=size, channels=channels)
+        return factory(classes=classes, size=size, channels=channels)
 
 
 def count_parameters(net: nn.Module) -> int:

@@ -1,11 +1,12 @@
 """Runs one method file alone: `python methods/wmdd.py dataset=imagenette ipc=10 data=~/data`.
 
-Data, teacher, distilled set, picture and student in one go: the block under `if __name__ == "__main__"` of every method
-file that needs a teacher calls `run_with_teacher`.  Teachers are shared with the papers through the store.
+Data, teacher or expert trajectories where the method has them, distilled set, picture and students in one go: what the
+block under `if __name__ == "__main__"` of every method file calls.  Finished stages are found again in the store.
 """
 
 from __future__ import annotations
 
+import statistics as stats
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import cli, networks, teachers
+from common import cli, matching, networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, info, load
 from common.distilled import DistilledSet, grid
-from common.hardware import hardware
+from common.hardware import bf16_is_fast, hardware
 from common.store import Checkpoint, Product, Store, write_atomic
-from common.train import Online, Recipe, accuracy, fit, resolve_device, resolve_precision
+from common.students import PROTOCOLS
+from common.train import Online, Recipe, accuracy, fit, precision_name, resolve_device, resolve_precision
 
-__all__ = ["Common", "run_with_teacher"]
+__all__ = ["run_matching", "run_with_teacher"]
 
 
 def _arg(default, help: str, **facts):
@@ -35,14 +37,122 @@ class Common:
 
     dataset: str = _arg("digits", "data set by name, or the folder name of an ImageFolder tree under data=")
     data: str = _arg("", "folder of the data sets; empty: the environment variable DD_DATA")
-    size: int = _arg(0, "side of the images; 0: native, 224 for sets of larger images", unit="px", minimum=0)
-    network: str = _arg("resnet18", "teacher and student", choices=networks.names())
-    teacher_epochs: int = _arg(50, "epochs of the teacher", unit="epochs", minimum=1)
-    student_epochs: int = _arg(300, "epochs of the student on the distilled set", unit="epochs", minimum=1)
+    size: int = _arg(0, "side of the images; 0: native", unit="px", minimum=0)
     seed: int = _arg(0, "seed of everything that is drawn", minimum=0)
     device: str = _arg("auto", "auto, cpu, cuda or cuda:N")
     out: str = _arg("out", "folder for the distilled set and its picture")
-    store: str = _arg("runs", "folder that caches teachers and half-done work")
+    store: str = _arg("runs", "folder that caches finished stages and half-done work")
+
+
+@dataclass(frozen=True)
+class WithTeacher(Common):
+    """Arguments of the methods that read a trained teacher."""
+
+    network: str = _arg("resnet18", "teacher and student", choices=networks.names())
+    teacher_epochs: int = _arg(50, "epochs of the teacher", unit="epochs", minimum=1)
+    student_epochs: int = _arg(300, "epochs of the student on the distilled set", unit="epochs", minimum=1)
+
+
+@dataclass(frozen=True)
+class Matching(Common):
+    """Arguments of the methods that match gradients, features or trajectories."""
+
+    network: str = _arg("", "network that is matched and tested; empty: the ConvNet of the papers for this size")
+    students: int = _arg(5, "students trained on the distilled set", minimum=1)
+    protocol: str = _arg("", "how students are trained; empty: the method's own", choices=("", *PROTOCOLS))
+
+
+def _parse(argv: list[str], name: str, shared: type, config_class: type, published: Mapping):
+    """(arguments, config, device) with published settings in the fields that were not given, precision resolved."""
+    taken = {f.name for f in fields(shared)}
+    own = []
+    for f in fields(config_class):
+        if f.name == "precision":
+            choices = ("auto", *f.metadata["choices"])
+            own.append((f.name, f.type, _arg("auto", f.metadata["help"] + "; auto: by the device", choices=choices)))
+        elif f.name not in taken:
+            own.append((f.name, f.type, f))
+    both = make_dataclass("Arguments", own, bases=(shared,), frozen=True, namespace={"__module__": __name__})
+    args = cli.parse(both, argv, prog=f"python methods/{name}.py", description=f"{name.upper()}: distil one data set.")
+    given = {a.split("=", 1)[0] for a in argv}
+    rows = {**published.get((args.dataset, None), {}), **published.get((args.dataset, args.ipc), {})}
+    args = replace(args, **{k: v for k, v in rows.items() if k not in given})
+    device = resolve_device(args.device)
+    if args.precision == "auto":
+        choices = next(f for f in fields(config_class) if f.name == "precision").metadata["choices"]
+        fast = "mixed" if "mixed" in choices else "bf16"
+        args = replace(args, precision=fast if bf16_is_fast(device) else "fp32")
+    config = config_class(**{f.name: getattr(args, f.name) for f in fields(config_class)})
+    print(f"{name} on {hardware(device)}\n" + "  ".join(f"{k}={v}" for k, v in asdict(args).items()), flush=True)
+    return args, config, device
+
+
+def _keep(result: DistilledSet, args, name: str) -> None:
+    """Write the set and its picture, and say where."""
+    target = Path(args.out).expanduser() / f"{name}_{args.dataset}_ipc{args.ipc}.safetensors"
+    result.save(target)
+    write_atomic(target.with_suffix(".png"), grid(result.images[: 10 * args.ipc], min(args.ipc, 10)))
+    print(f"distilled set: {target}\npicture: {target.with_suffix('.png')}", flush=True)
+
+
+# ---------------------------------------------------------------- DC, DSA, DM, MTT, DATM
+
+
+def run_matching(
+    argv: list[str],
+    name: str,
+    config_class: type,
+    published: Mapping,
+    restore: Callable[[dict], object],
+    distill: Callable,
+    *,
+    recipe: str,
+    augmented: bool = True,
+    experts: tuple[type, Callable, Callable] | None = None,
+) -> None:
+    """Parse, train the experts where the method has some, distil (resumable), save, train students, print accuracies.
+
+    recipe: the method's own evaluation protocol.  augmented: whether the images are augmented while they are matched.
+    experts: their config class, `train_experts`, and its tensors -> state.
+    """
+    args, config, device = _parse(argv, name, Matching, config_class, published)
+    store = Store(Path(args.store).expanduser())
+    zca = bool(getattr(config, "zca", False))
+    on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
+                          zca=zca, store=store)  # fmt: skip
+    facts = matching.facts(on, args.seed)
+    arguments, inputs = [], (on.train.fingerprint,)
+    if experts is not None:
+        expert_class, train_experts, restore_experts = experts
+        expert_config = expert_class.of(config)
+        entry = store.make(
+            "experts", {**facts, "config": asdict(expert_config)}, inputs,
+            lambda work: matching.experts(work, on, expert_config, train_experts, restore_experts, args.seed),
+        )  # fmt: skip
+        arguments, inputs = [list(entry.tensors().values())], (*inputs, entry.key)
+    made = store.make(
+        "distill", {**facts, "method": name, "config": asdict(config)}, inputs,
+        lambda work: matching.distil(
+            work, on, config, distill, restore, args.seed, *arguments, augmented=augmented
+        ),
+    )  # fmt: skip
+    tensors = made.tensors()
+    _keep(on.distilled(tensors, {**facts, "method": name, "config": asdict(config)}), args, name)
+    protocol = PROTOCOLS[args.protocol or recipe]
+    seeds = range(args.seed, args.seed + args.students)
+    tested = store.make(
+        "students", {**facts, "protocol": asdict(protocol), "seeds": list(seeds)}, (made.key, on.test.fingerprint),
+        lambda work: matching.students(work, on, tensors, protocol, seeds),
+    )  # fmt: skip
+    found = tested.meta["accuracies"]
+    spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
+    print(
+        f"students: {stats.fmean(found):.2f}{spread} % on {len(on.test)} test images "
+        f"({len(found)} students, protocol {protocol.name}, last epoch)"
+    )
+
+
+# ---------------------------------------------------------------- WMDD and the other methods with a teacher
 
 
 def run_with_teacher(
@@ -58,17 +168,8 @@ def run_with_teacher(
     published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of
     the method.  distill: the method's function.
     """
-    taken = {f.name for f in fields(Common)}
-    own = [(f.name, f.type, f) for f in fields(config_class) if f.name not in taken]
-    both = make_dataclass("Arguments", own, bases=(Common,), frozen=True, namespace={"__module__": __name__})
-    args = cli.parse(both, argv, prog=f"python methods/{name}.py", description=f"{name.upper()}: distil one data set.")
-    given = {a.split("=", 1)[0] for a in argv}
-    rows = {**published.get((args.dataset, None), {}), **published.get((args.dataset, args.ipc), {})}
-    args = replace(args, **{k: v for k, v in rows.items() if k not in given})
-    config = config_class(**{f.name: getattr(args, f.name) for f in fields(config_class)})
-    device, dtype = resolve_device(args.device), resolve_precision(args.precision)
-    print(f"{name} on {hardware(device)}\n" + "  ".join(f"{k}={v}" for k, v in asdict(args).items()), flush=True)
-
+    args, config, device = _parse(argv, name, WithTeacher, config_class, published)
+    dtype = resolve_precision(args.precision, device)
     store = Store(Path(args.store).expanduser())
     train, test = (
         load(args.dataset, args.data or None, split=s, cache=store.root / "cache") for s in ("train", "test")
@@ -80,7 +181,7 @@ def run_with_teacher(
     recipe = replace(teachers.WMDD_TEACHER, epochs=args.teacher_epochs)
     entry = store.make(
         "teacher",
-        teachers.settings(args.dataset, args.network, size, recipe, args.seed, args.precision),
+        teachers.settings(args.dataset, args.network, size, recipe, args.seed, precision_name(dtype)),
         (train.fingerprint, test.fingerprint),
         lambda work: teachers.train(
             work, train, test_views, test.labels, network=args.network, size=size, recipe=recipe, seed=args.seed,
@@ -99,18 +200,10 @@ def run_with_teacher(
     tensors = made.tensors()
     facts = {"method": name, "dataset": args.dataset, "size": size, "config": asdict(config), "teacher": entry.key}
     result = DistilledSet(
-        tensors["images"],
-        tensors["labels"],
-        train.classes,
-        train.mean,
-        train.std,
-        weights=tensors.get("weights"),
+        tensors["images"], tensors["labels"], train.classes, train.mean, train.std, weights=tensors.get("weights"),
         settings=facts,
-    )
-    target = Path(args.out).expanduser() / f"{name}_{args.dataset}_ipc{args.ipc}.safetensors"
-    result.save(target)
-    write_atomic(target.with_suffix(".png"), grid(result.images[: 10 * args.ipc], args.ipc if args.ipc <= 10 else 10))
-    print(f"distilled set: {target}\npicture: {target.with_suffix('.png')}", flush=True)
+    )  # fmt: skip
+    _keep(result, args, name)
     top1 = student_accuracy(
         result, teacher, args.network, args.student_epochs, args.seed, test_views, test, device, dtype
     )

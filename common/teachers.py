@@ -39,7 +39,7 @@ def train(
 
     The last epoch is kept; meta holds its test accuracy (percent) and the loss of every epoch.
     """
-    classes, dtype, losses = len(data.classes), resolve_precision(precision), []
+    classes, dtype, losses = len(data.classes), resolve_precision(precision, device), []
     net = networks.make(network, classes=classes, size=size, generator=rng(seed, "teacher"))
     fit(
         net, data, recipe, size=size, seed=seed, device=device, dtype=dtype,

@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from common.augment import apply_cutmix, crop_resize, cutmix_box, random_boxes, rng
 from common.datasets import Dataset, Stream
+from common.hardware import bf16_is_fast
 from common.store import Checkpoint
 
 __all__ = [
-    "Online", "Recipe", "Stored", "View", "accuracy", "fit", "kd_loss", "normalise", "parameter_groups", "relabel",
-    "resolve_device", "resolve_precision", "views",
+    "Online", "Recipe", "Stored", "View", "accuracy", "fit", "kd_loss", "normalise", "parameter_groups",
+    "precision_name", "relabel", "resolve_device", "resolve_precision", "views",
 ]  # fmt: skip
 
 
@@ -70,12 +71,17 @@ def resolve_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def resolve_precision(precision: str = "auto") -> torch.dtype:
-    """`auto` is bf16: benchmarks/results/precision.json holds the accuracy study behind that default."""
-    table = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    if precision not in table:
-        raise ValueError(f"precision={precision!r} is unknown; allowed: {', '.join(table)}")
-    return table[precision]
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the device multiplies it in hardware, else fp32 (benchmarks/precision.py: the study)."""
+    table = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if precision != "auto" and precision not in table:
+        raise ValueError(f"precision={precision!r} is unknown; allowed: auto, {', '.join(table)}")
+    return table.get(precision, torch.bfloat16 if bf16_is_fast(device) else torch.float32)
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The name of a resolved precision, as it stands in settings."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

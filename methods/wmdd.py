@@ -67,7 +67,7 @@ class Config:
     in_flight: int = _option(100, "images per pass; batches are grouped up to here", unit="images", minimum=1)
     crop: bool = _option(True, "random resized crop and flip of the images at each step")
     jitter: int = _option(-1, "largest roll of the images; -1: 1/7 of the side (32 at 224 px)", unit="px", minimum=-1)
-    precision: str = _option("bf16", "arithmetic of the convolutions", choices=("bf16", "fp32"))
+    precision: str = _option("fp32", "arithmetic of the convolutions", choices=("bf16", "fp32"))
     compile: bool = _option(False, "compile the step (needs a C++ compiler on a CPU)")
 
     def __post_init__(self):

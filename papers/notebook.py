@@ -42,7 +42,7 @@ def run(argv: list[str]) -> None:
     UsageError for arguments that papers.runner or the notebook does not know; see `execute` for the rest.
     """
     args = runner.parse(argv)
-    print(runner.describe(args), flush=True)
+    print(runner.describe(args, asked=runner.names_scale(argv)), flush=True)
     if args.dry_run:
         runner.run(args)
         return

@@ -13,16 +13,15 @@ import statistics as stats
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from common import cli
-from common.hardware import commit, hardware, versions
+from common.hardware import hardware
 from common.store import Store, write_atomic
-from common.train import autocast, resolve_device
+from common.train import autocast, precision_name, resolve_device, resolve_precision
 from papers import plan, report
 from papers.plan import SCALES, Cell, Paper, load_paper, papers, select
 from papers.stages import Lab, Setup, Stage, setup_of
@@ -47,7 +46,9 @@ class Args:
     seeds: tuple[int, ...] = _arg((), "student seeds; empty: those of the scale", minimum=0)
     budget: str = _arg("", "stop starting cells after this time, cheapest first (90s, 30m, 2h); empty: no limit")
     device: str = _arg("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = _arg("auto", "arithmetic of the networks; auto is bf16", choices=("auto", "bf16", "fp32"))
+    precision: str = _arg(
+        "auto", "arithmetic of the networks; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
+    )
     data: str = _arg("", "folder of the data sets; empty: the environment variable DD_DATA")
     out: str = _arg("tables", "folder for tables, figures and result files")
     store: str = _arg("runs", "folder that caches teachers, distilled sets and students")
@@ -81,6 +82,10 @@ def parse(argv: list[str]) -> Args:
     return args
 
 
+def names_scale(argv: list[str]) -> bool:
+    return any(argument.startswith("scale=") and argument != "scale=auto" for argument in argv)
+
+
 def default_scale() -> tuple[str, str]:
     """The scale without `scale=`, and why."""
     if torch.cuda.is_available():
@@ -88,12 +93,13 @@ def default_scale() -> tuple[str, str]:
     return "smoke", "the default where no CUDA device is found"
 
 
-def describe(args: Args) -> str:
-    """The first line printed: what runs at which scale, and why."""
-    scale, reason = default_scale()
-    why = reason if args.scale == scale else "asked for"
+def describe(args: Args, *, asked: bool) -> str:
+    """The first line printed: what runs at which scale, and why (asked: scale= was given)."""
+    why = "asked for" if asked else default_scale()[1]
     device = resolve_device(args.device)
-    return f"{args.paper}: scale={args.scale} ({why}), device={device}, out={args.out}, store={args.store}"
+    precision = precision_name(resolve_precision(args.precision, device))
+    place = f"device={device}, precision={precision}, out={args.out}, store={args.store}"
+    return f"{args.paper}: scale={args.scale} ({why}), {place}"
 
 
 @dataclass
@@ -124,10 +130,10 @@ class Run:
     def rows(self, table: str) -> list[dict]:
         """The tidy rows of one table: printed numbers, ours, status."""
         cells = [p.cell.key() | {"why": p.why, "label_regime": p.cell.label_regime} for p in self.planned]
-        comparable = self.paper.scales[self.args.scale]["comparable"]
+        comparable, layout = self.paper.scales[self.args.scale]["comparable"], self.paper.tables.get(table, {})
         reported = report.load_reported(plan.ROOT / self.paper.name / "reported.csv")
-        runs = self.paper.tables.get(table, {}).get("reported_runs", 1)
-        return report.table_rows(table, cells, self.results.values(), reported, comparable, reported_runs=runs)
+        chosen = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}
+        return report.table_rows(table, cells, self.results.values(), reported, comparable, **chosen)
 
     def values(self, table: str) -> list[dict]:
         """Result files of one table or figure, one row a seed: for plots."""
@@ -280,24 +286,23 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     if p.cell.metric == "time":
         values, seeds = [(spent["statistics"] + spent["distill"]) / 3600], [0]
     else:
-        values = [entries[lab.key(top)].meta["accuracy"] for top in p.stages]
-        seeds = [top.settings["seed"] for top in p.stages]
+        last = [entries[lab.key(top)].meta for top in p.stages]
+        values, seeds = ([value for meta in last for value in meta[name]] for name in ("accuracies", "seeds"))
     by_name = {stage.name: entries[key].meta for key, stage in chain.items()}
+    label_bytes = by_name.get("relabel", {}).get("bytes", by_name["distill"].get("label_bytes", 0))
+    stages = [
+        {"stage": stage.name, "key": key} | {k: entries[key].meta[k] for k in ("seconds", "finished", "made")}
+        for key, stage in chain.items()
+    ]
     return {
         "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
         "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else 0.0,
         "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": p.setup.run_on,
-        "settings": {
-            "size": p.setup.size, "network": p.setup.network, "distill": dict(p.setup.distill),
-            "algorithm": p.cell.algorithm,
-            "student": asdict(p.setup.student), "teacher": asdict(p.setup.teacher), "labels": p.setup.labels,
-            "precision": lab.precision,
-        },
+        "settings": {**p.setup.facts(), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),
-        "bytes": {"images": by_name["distill"]["bytes"], "labels": by_name.get("relabel", {}).get("bytes", 0)},
-        "versions": versions(), "hardware": hardware(lab.device), "commit": commit(),
+        "bytes": {"images": by_name["distill"]["bytes"], "labels": label_bytes},
+        **stages[-1]["made"], "finished": stages[-1]["finished"], "stages": stages,
         "command": f"bash run_all.sh paper={args.paper} scale={args.scale} only={p.cell.id}",
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
@@ -319,6 +324,8 @@ def write_report(finished: Run) -> None:
     for table, layout in finished.paper.tables.items():
         rows = finished.rows(table)
         report.write_table(rows, layout, finished.folder)
+        if "label_regime" in layout:  # one regime only: nothing to set soft against hard labels
+            continue
         extras = report.extras_rows(r for r in finished.results.values() if r["table"] == table)
         if extras:
             report.write_extras(extras, finished.folder)
@@ -356,7 +363,7 @@ def main(argv: list[str]) -> int:
 
     def body(rest: list[str]) -> None:
         args = parse(rest)
-        print(describe(args), flush=True)
+        print(describe(args, asked=names_scale(rest)), flush=True)
         finished = run(args)
         if not args.dry_run:
             print(show(finished))

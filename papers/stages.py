@@ -20,10 +20,23 @@ from common import networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, load
 from common.distilled import grid
-from common.hardware import peak_memory
+from common.hardware import made, peak_memory
 from common.store import Checkpoint, Entry, Product, Store
-from common.train import Online, Recipe, Stored, accuracy, fit, normalise, relabel, resolve_precision, steps_per_epoch
+from common.train import (
+    Online,
+    Recipe,
+    Stored,
+    accuracy,
+    fit,
+    normalise,
+    precision_name,
+    relabel,
+    resolve_precision,
+    steps_per_epoch,
+)  # fmt: skip
 from methods import wmdd
+from papers import matching_stages
+from papers.matching_stages import MatchingSetup
 from papers.plan import Cell, merged
 
 __all__ = ["ARCHITECTURES", "Lab", "Setup", "Stage", "setup_of"]
@@ -53,6 +66,13 @@ class Setup:
     labels: str = "stored"
     shorter: int | None = None
 
+    def facts(self) -> dict:
+        """The settings part of a result file."""
+        return {
+            "size": self.size, "network": self.network, "distill": dict(self.distill),
+            "student": asdict(self.student), "teacher": asdict(self.teacher), "labels": self.labels,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -73,8 +93,10 @@ class Stage:
         yield self
 
 
-def setup_of(scale: Mapping, cell: Cell) -> Setup | None:
+def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     """The settings of `cell`: the scale's, those of its data set, of its IPC, its own.  None: not in this scale."""
+    if cell.algorithm in matching_stages.ALGORITHMS:
+        return matching_stages.matching_setup(scale, cell)
     data = scale["data"].get(cell.dataset)
     if data is None or cell.ipc in data.get("leave_out", ()):
         return None
@@ -103,8 +125,8 @@ class Lab:
 
     def __init__(self, store: Store, root: str | None, device: torch.device, precision: str):
         self.store, self.root, self.device = store, root, device
-        self.precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[resolve_precision(precision)]
-        self.dtype = resolve_precision(precision)
+        self.dtype = resolve_precision(precision, device)
+        self.precision = precision_name(self.dtype)
         self._checked: dict[str, Entry] = {}
 
     # ---------------------------------------------------------------- data
@@ -135,11 +157,13 @@ class Lab:
 
     # ---------------------------------------------------------------- stages
 
-    def _stage(self, name: str, settings: dict, inputs: tuple, build, flops: float, what: str, *needs: Stage) -> Stage:
+    def stage(self, name: str, settings: dict, inputs: tuple, build, flops: float, what: str, *needs: Stage) -> Stage:
+        """A stage that records where it was made, and its memory peak; inputs: fingerprints, or stages."""
+
         def measured(work: Path) -> Product:
             with peak_memory(self.device) as peak:
                 product = build(work)
-            product.meta["peak_memory_bytes"] = peak[0]
+            product.meta |= {"peak_memory_bytes": peak[0], "made": made(self.device)}
             return product
 
         names = tuple(self.key(i) if isinstance(i, Stage) else i for i in inputs)
@@ -175,7 +199,7 @@ class Lab:
 
         cost = 3 * setup.teacher.epochs * len(train) * forward_flops(setup.network, setup.size)
         what = f"{setup.network} teacher, {setup.run_on}, {setup.teacher.epochs} epochs"
-        return self._stage("teacher", settings, (train.fingerprint, test.fingerprint), build, cost, what)
+        return self.stage("teacher", settings, (train.fingerprint, test.fingerprint), build, cost, what)
 
     def restored(self, stage: Stage) -> nn.Module:
         entry = self.entry(stage)
@@ -193,7 +217,7 @@ class Lab:
         settings = {"layer": layer, "size": setup.size, "shorter": setup.shorter}
         cost = 4 * len(train) * forward_flops(setup.network, setup.size)  # in fp32
         what = f"features and BatchNorm statistics, {setup.run_on}"
-        return self._stage("statistics", settings, (teacher, train.fingerprint), build, cost, what, teacher)
+        return self.stage("statistics", settings, (teacher, train.fingerprint), build, cost, what, teacher)
 
     def wmdd(self, setup: Setup, seed: int = 0) -> Stage:
         config = wmdd.Config(**{"precision": self.precision, **setup.distill})
@@ -241,7 +265,7 @@ class Lab:
         cost = 3 * passes * config.iterations * forward_flops(setup.network, setup.size)
         settings = {"method": "wmdd", "config": asdict(config), "size": setup.size, "seed": seed}
         what = f"WMDD, {setup.run_on}, IPC {config.ipc}"
-        return self._stage("distill", settings, (stats, teacher), build, cost, what, teacher, stats)
+        return self.stage("distill", settings, (stats, teacher), build, cost, what, teacher, stats)
 
     def random(self, setup: Setup, seed: int) -> Stage:
         """Random real images, chosen anew for every seed: the honest baseline."""
@@ -261,7 +285,7 @@ class Lab:
 
         settings = {"method": "random", "ipc": ipc, "size": setup.size, "shorter": setup.shorter, "seed": seed}
         what = f"random real images, {setup.run_on}, IPC {ipc}, seed {seed}"
-        return self._stage("distill", settings, (train.fingerprint,), build, 0.0, what)
+        return self.stage("distill", settings, (train.fingerprint,), build, 0.0, what)
 
     def _set(self, tensors: dict[str, Tensor], meta: dict, train: Dataset | Stream) -> Product:
         ipc = len(tensors["labels"]) // len(train.classes)
@@ -307,7 +331,7 @@ class Lab:
             "precision": self.precision,
         }
         cost = steps * batch * forward_flops(setup.network, setup.size)
-        return self._stage(
+        return self.stage(
             "relabel", settings, (images, teacher), build, cost, f"soft labels of {images.what}", images, teacher
         )
 
@@ -345,7 +369,7 @@ class Lab:
             )
             views = self.test_views(setup.dataset, setup.size, setup.shorter)
             top1 = accuracy(net, views, test.labels, data, device=self.device, dtype=self.dtype)
-            return Product({}, {"accuracy": top1, "losses": losses[:: max(1, len(losses) // 50)]})
+            return Product({}, {"accuracies": [top1], "seeds": [seed], "losses": losses[:: max(1, len(losses) // 50)]})
 
         steps, batch = self._steps(setup)
         settings = {
@@ -358,10 +382,12 @@ class Lab:
         }
         cost = (3 * steps * batch + len(test)) * forward_flops(network, setup.size)
         what = f"{network} student, seed {seed}, {recipe.labels} labels, {images.what}"
-        return self._stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)
+        return self.stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)
 
-    def students(self, cell: Cell, setup: Setup, seeds: tuple[int, ...]) -> list[Stage]:
-        """The evaluate stages of a cell, one a seed."""
+    def students(self, cell: Cell, setup: Setup | MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
+        """The last stages of a cell: their results hold one accuracy for each seed."""
+        if isinstance(setup, MatchingSetup):
+            return matching_stages.students(self, cell, setup, seeds)
         makers = {"wmdd": lambda seed: self.wmdd(setup), "random": lambda seed: self.random(setup, seed)}
         return [self.student(setup, cell.arch, makers[cell.algorithm](seed), seed) for seed in seeds]
 

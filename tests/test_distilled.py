@@ -26,6 +26,7 @@ from common.distilled import (
     main,
     write_dc_pt,
     write_image_folder,
+    write_mtt_pt,
 )
 
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
@@ -191,6 +192,35 @@ def test_mtt_folder(tmp_path):
     made = load(tmp_path, mean=MEAN, std=STD)
     assert torch.allclose(made.normalised(), images.detach(), atol=1e-5) and not made.images.requires_grad
     assert made.soft_labels is None and made.student_lr is None and made.labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_mtt_layout_there_and_back(tmp_path):
+    made = DistilledSet(
+        torch.randn(6, 3, 8, 8, generator=generator(5)), torch.arange(6) // 2, ("a", "b", "c"), MEAN, STD,
+        soft_labels=torch.randn(6, 3, generator=generator(6)), student_lr=0.02,
+    )  # fmt: skip
+    write_mtt_pt(made, tmp_path / "set")
+    plain = torch.load(tmp_path / "set" / "images_best.pt", weights_only=True)
+    assert torch.equal(plain, made.normalised())
+    back = load(tmp_path / "set", mean=MEAN, std=STD)
+    assert torch.allclose(back.images, made.images, atol=1e-6) and back.student_lr == pytest.approx(0.02)
+    assert torch.equal(back.soft_labels, made.soft_labels)
+
+
+def test_a_whitened_set_says_so(tmp_path):
+    whitening = {"zca_eps": 0.1, "fitted_on": "0" * 64}
+    made = DistilledSet(
+        torch.rand(2, 3, 8, 8, generator=generator(5)), torch.arange(2), ("a", "b"), MEAN, STD, whitening=whitening
+    )
+    made.save(tmp_path / "set.safetensors")
+    assert load(tmp_path / "set.safetensors").whitening == whitening
+    with pytest.raises(ValueError, match="ZCA"):
+        made.normalised()
+    with pytest.raises(ValueError, match="whiten"):
+        write_mtt_pt(made, tmp_path / "mtt")
+    write_mtt_pt(made, tmp_path / "mtt", whiten=lambda images: images * 2 - 1)
+    assert torch.equal(torch.load(tmp_path / "mtt" / "images_best.pt", weights_only=True), made.images * 2 - 1)
+    assert torch.equal(torch.load(tmp_path / "mtt" / "images_zca_best.pt", weights_only=True), made.images)
 
 
 def test_datm_file_with_logits_and_learning_rate(tmp_path):

@@ -7,10 +7,9 @@ has been made.  The caption beneath a figure says what is seen, on which data, a
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
@@ -18,15 +17,15 @@ from torch import Tensor
 
 from common.datasets import Stream
 from methods.wmdd import Config
+from papers import drawing
 from papers.report import RANDOM
 from papers.wmdd import toy
 
 if TYPE_CHECKING:
-    from papers.runner import Planned, Run
+    from papers.runner import Run
 
 __all__ = ["figure1", "figure2", "figure4", "figure5a", "figure5b", "figure_labels"]
 
-IPC_AXIS = "images per class (IPC, log scale)"
 WORDS = {  # the classes of Imagenette by the names of their folders
     "n01440764": "tench", "n02102040": "springer", "n02979186": "cassette player", "n03000684": "chain saw",
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
@@ -42,7 +41,7 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     """
     cells = [p for p in run.planned if p.cell.table == "table1" and p.cell.algorithm == "wmdd"]
     for planned in sorted(cells, key=lambda p: (p.cell.ipc != 10, -p.cell.ipc, p.cell.dataset != "ImageNet-1K")):
-        made, real = (_entry(run, planned, stage) for stage in ("distill", "statistics"))
+        made, real = (drawing.entry(run, planned, stage) for stage in ("distill", "statistics"))
         if made and real:
             break
     else:
@@ -51,13 +50,13 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     chosen = torch.linspace(0, len(names) - 1, min(classes, len(names))).long().tolist()
     shown = min(per_class, ipc)
     pairs = nearest_real(tensors["atoms"][chosen, :shown], chosen, **real.tensors())
-    figure, axes = _figure(0.85 * len(chosen) + 0.4, 1.75 * shown + 0.3, 2 * shown, len(chosen))
+    figure, axes = drawing.axes_of(0.85 * len(chosen) + 0.4, 1.75 * shown + 0.3, 2 * shown, len(chosen))
     train = run.lab.data(planned.setup.dataset, "train")
     for column, k in enumerate(chosen):
         views = _centre(train, train.class_indices(k)[pairs[column]], planned.setup)
         for j in range(shown):
-            _image(axes[2 * j, column], tensors["images"][k * ipc + j])
-            _image(axes[2 * j + 1, column], views[j] / 255)
+            drawing.show_image(axes[2 * j, column], tensors["images"][k * ipc + j])
+            drawing.show_image(axes[2 * j + 1, column], views[j] / 255)
         axes[0, column].set_title("\n".join(textwrap.wrap(_name(names[k]), 10)), fontsize=8)
     for row in range(2 * shown):
         axes[row, 0].set_ylabel("real" if row % 2 else "synthetic", fontsize=8)
@@ -65,7 +64,7 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
         f"WMDD images of {planned.setup.run_on}, IPC {ipc}, {len(chosen)} of {len(names)} classes. Beneath each, the"
         " real training image whose feature is nearest to the barycenter atom that the synthetic one was pulled to."
     )
-    return _captioned(figure, text, run)
+    return drawing.captioned(figure, text, run)
 
 
 def nearest_real(atoms: Tensor, classes: Sequence[int], *, features: Tensor, labels: Tensor, **_: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def nearest_real(atoms: Tensor, classes: Sequence[int], *, features: Tensor, lab
 def figure2(run: Run, points: int = 150, side: int = 120) -> Figure:
     """Outlines of circles and crosses, and their barycenters under KL, MMD and Wasserstein, computed here."""
     generator = torch.Generator().manual_seed(0)
-    figure, axes = _figure(8.4, 4.6, 2, 4, sharex=True, sharey=True)
+    figure, axes = drawing.axes_of(8.4, 4.6, 2, 4, sharex=True, sharey=True)
     places, edge = toy.grid(side), (-toy.EXTENT, toy.EXTENT)
     titles = ("(a) inputs", "(b) KL divergence", "(c) MMD", "(d) Wasserstein")
     for row, (kind, label, hue) in enumerate((("circle", "circles", "Blues"), ("cross", "crosses", "Greens"))):
@@ -107,47 +106,49 @@ def figure2(run: Run, points: int = 150, side: int = 120) -> Figure:
         " settles on all outlines at once; Wasserstein (free support, exact transport) gives one shape of mean place"
         " and size. Computed from the definitions without any image data; the shapes are ours, not those of print."
     )
-    return _captioned(figure, text)
+    return drawing.captioned(figure, text)
 
 
 def figure4(run: Run) -> Figure | None:
     """Accuracy over IPC of images made with the Wasserstein and with the MMD target, everything else equal."""
-    data = _values(run, "figure4")
+    data = drawing.values(run, "figure4")
     if data is None:
         return None
-    figure, axes = _figure(4.6, 3.4)
+    figure, axes = drawing.axes_of(4.6, 3.4)
     ax = axes[0, 0]
-    _lines(data, ax, x="ipc", hue="setting", hue_order=[s for s in ("Wasserstein", "MMD") if s in set(data["setting"])])
-    _ipc_axis(ax, data["ipc"])
+    order = [s for s in ("Wasserstein", "MMD") if s in set(data["setting"])]
+    drawing.lines(data, ax, x="ipc", hue="setting", hue_order=order)
+    drawing.ipc_axis(ax, data["ipc"])
     ax.get_legend().set_title("target of the features")
     text = (
-        f"Student accuracy with hard labels and without crops, flips or CutMix. {_where(data)} {_error_bars(data)} The"
-        " MMD target is the mean feature of a class in the same teacher; print has DM, which uses many random networks."
+        f"Student accuracy with hard labels and without crops, flips or CutMix. {drawing.where(data)}"
+        f" {drawing.error_bars(data)} The MMD target is the mean feature of a class in the same teacher; print"
+        " has DM, which uses many random networks."
     )
-    return _captioned(figure, text, run)
+    return drawing.captioned(figure, text, run)
 
 
 def figure5a(run: Run) -> Figure | None:
     """Accuracy over lambda, the weight of the BatchNorm term."""
-    data = _values(run, "figure5a")
+    data = drawing.values(run, "figure5a")
     if data is None:
         return None
     data["lambda"] = [_lambda(settings["distill"]) for settings in data["settings"]]
-    figure, axes = _figure(4.6, 3.4)
+    figure, axes = drawing.axes_of(4.6, 3.4)
     ax = axes[0, 0]
-    _lines(data, ax, x="lambda", hue="dataset", hue_order=_datasets(run, data))
+    drawing.lines(data, ax, x="lambda", hue="dataset", hue_order=drawing.datasets(run, data))
     ax.set(xscale="log", xlabel="λ, weight of the BatchNorm term (no unit, log scale)")
     ax.get_legend().set_title("data set as printed")
     ipc = ", ".join(str(i) for i in sorted(set(data["ipc"])))
-    text = f"Student accuracy (soft labels) against λ at IPC {ipc}. {_where(data)} {_error_bars(data)}"
-    return _captioned(figure, text, run)
+    text = f"Student accuracy (soft labels) against λ at IPC {ipc}. {drawing.where(data)} {drawing.error_bars(data)}"
+    return drawing.captioned(figure, text, run)
 
 
 def figure5b(run: Run) -> Figure | None:
     """One image of two classes for each lambda of Figure 5a."""
     sweeps: dict[str, dict[float, tuple]] = {}
     for planned in run.planned:
-        if planned.cell.table == "figure5a" and (entry := _entry(run, planned, "distill")):
+        if planned.cell.table == "figure5a" and (entry := drawing.entry(run, planned, "distill")):
             sweeps.setdefault(planned.cell.dataset, {})[_lambda(planned.cell.distill)] = (planned, entry)
     if not sweeps:
         return None
@@ -155,59 +156,48 @@ def figure5b(run: Run) -> Figure | None:
     planned, entry = next(iter(sweep.values()))
     names, ipc = entry.meta["classes"], planned.cell.ipc
     chosen = [0, len(names) // 2]
-    figure, axes = _figure(1.25 * len(sweep) + 0.4, 2.9, 2, len(sweep))
+    figure, axes = drawing.axes_of(1.25 * len(sweep) + 0.4, 2.9, 2, len(sweep))
     for column, (weight, (_, entry)) in enumerate(sweep.items()):
         images = entry.tensors()["images"]
         for row, k in enumerate(chosen):
-            _image(axes[row, column], images[k * ipc])
+            drawing.show_image(axes[row, column], images[k * ipc])
             axes[row, 0].set_ylabel(_name(names[k]), fontsize=9)
         axes[0, column].set_title(f"λ = {weight:g}", fontsize=9)
     text = (
         f"The first WMDD image of two classes of {planned.setup.run_on} (IPC {ipc}), from the same noise, as the"
         " weight λ of the BatchNorm term grows."
     )
-    return _captioned(figure, text, run)
+    return drawing.captioned(figure, text, run)
 
 
 def figure_labels(run: Run) -> Figure | None:
     """Beyond the paper: WMDD and random real images over IPC, both under soft and under hard labels."""
-    data = _values(run, "table1")
+    data = drawing.values(run, "table1")
     if data is None:
         return None
     data["images"] = ["random real" if method == RANDOM else method for method in data["method"]]
     data["labels"] = data["label_regime"]
     data = data.sort_values("method", key=lambda methods: methods == RANDOM, kind="stable")  # these come last
     kinds = list(dict.fromkeys(data["images"]))
-    datasets = _datasets(run, data)
-    figure, axes = _figure(2.6 * len(datasets) + 1.2, 3.2, 1, len(datasets), sharey=True)
+    datasets = drawing.datasets(run, data)
+    figure, axes = drawing.axes_of(2.6 * len(datasets) + 1.2, 3.2, 1, len(datasets), sharey=True)
     for ax, dataset in zip(axes[0], datasets, strict=True):
         own = data[data["dataset"] == dataset]
-        _lines(own, ax, x="ipc", hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"])
-        _ipc_axis(ax, own["ipc"])
+        drawing.lines(own, ax, x="ipc", hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"])
+        drawing.ipc_axis(ax, own["ipc"])
         ax.set_xlabel("")
         ax.set_title(f"{dataset}\n(run on {', '.join(dict.fromkeys(own['run_on']))})", fontsize=9)
         ax.get_legend().remove()
-    figure.supxlabel(IPC_AXIS, fontsize=9)
+    figure.supxlabel(drawing.IPC_AXIS, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     text = (
         "Student accuracy on the test images of the set each column was run on: WMDD images and random real images, the"
-        f" same recipe, trained on the teacher's soft labels or on hard labels. {_error_bars(data)}"
+        f" same recipe, trained on the teacher's soft labels or on hard labels. {drawing.error_bars(data)}"
     )
-    return _captioned(figure, text, run)
+    return drawing.captioned(figure, text, run)
 
 
 # ---------------------------------------------------------------- what a run holds
-
-
-def _entry(run: Run, planned: Planned, stage: str):
-    """The store entry of one stage behind a cell, or None where it has not been made."""
-    found = [s for top in planned.stages[:1] for s in top.all() if s.name == stage]
-    return run.lab.store.get(stage, run.lab.key(found[0])) if found else None
-
-
-def _datasets(run: Run, data: pd.DataFrame) -> list[str]:
-    """The printed data sets of some results, in the order of the paper."""
-    return [name for name in dict.fromkeys(p.cell.dataset for p in run.planned) if name in set(data["dataset"])]
 
 
 def _centre(data, positions: Tensor, setup) -> Tensor:
@@ -218,11 +208,6 @@ def _centre(data, positions: Tensor, setup) -> Tensor:
     return data.center(setup.size, positions, shorter=setup.shorter).cpu()
 
 
-def _values(run: Run, table: str) -> pd.DataFrame | None:
-    """Accuracies of a table or figure, one row a seed; None without any."""
-    return pd.DataFrame(run.values(table)) if run.values(table) else None
-
-
 def _lambda(distill) -> float:
     """The weight of the BatchNorm term; the method's default where a cell does not set it."""
     return float(distill.get("bn_weight", Config.bn_weight))
@@ -230,56 +215,3 @@ def _lambda(distill) -> float:
 
 def _name(folder: str) -> str:
     return WORDS.get(folder, folder)
-
-
-# ---------------------------------------------------------------- drawing
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure of width x height inches and its axes [rows, columns], in the style of all figures."""
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
-        figure = Figure((width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _image(ax, image: Tensor) -> None:
-    """Show an image [C, H, W] on the [0, 1] scale."""
-    ax.imshow(image.float().clamp(0, 1).permute(1, 2, 0).numpy())
-    ax.grid(False)
-    ax.set(xticks=[], yticks=[])
-    sns.despine(ax=ax, left=True, bottom=True)
-
-
-def _lines(data: pd.DataFrame, ax, **roles) -> None:
-    """Mean accuracy with one standard deviation over seeds as error bars."""
-    roles.setdefault("style", roles["hue"])
-    roles.setdefault("style_order", roles["hue_order"])
-    sns.lineplot(
-        data, y="accuracy", errorbar="sd", err_style="bars", err_kws={"capsize": 3}, markers=True, ax=ax, **roles
-    )
-    ax.set_ylabel("top-1 accuracy (%)")
-
-
-def _ipc_axis(ax, ipcs: Iterable[int]) -> None:
-    ax.set(xscale="log", xlabel=IPC_AXIS)
-    ax.set_xticks(sorted(set(ipcs)), [str(i) for i in sorted(set(ipcs))])
-    ax.minorticks_off()
-
-
-def _where(data: pd.DataFrame) -> str:
-    pairs = data[["dataset", "run_on"]].drop_duplicates().itertuples(index=False)
-    return "Run on " + "; ".join(f"{run_on} (for {dataset})" for dataset, run_on in pairs) + "."
-
-
-def _error_bars(data: pd.DataFrame) -> str:
-    seeds = len(set(data["seed"]))
-    return f"Error bars: standard deviation over {seeds} student seeds." if seeds > 1 else "One student seed."
-
-
-def _captioned(figure: Figure, text: str, run: Run | None = None) -> Figure:
-    """The figure with a caption beneath it; at scales other than the published one it says so."""
-    if run and not run.paper.scales[run.args.scale]["comparable"]:
-        text += f" Scale {run.args.scale}: not comparable with print."
-    lines = textwrap.wrap(text, max(60, round(17 * figure.get_figwidth())))
-    figure.text(0.5, -0.02, "\n".join(lines), ha="center", va="top", fontsize=8)
-    return figure

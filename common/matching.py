@@ -1,0 +1,233 @@
+"""What the matching methods (DC, DSA, DM, MTT, DATM) run on, for their scripts and for the papers.
+
+A `Setting` is a data set as network input, a network and the augmentation; `distil`, `experts` and `students` are the
+stages on it: each works in a folder, resumes from the checkpoint there, and returns what the store keeps.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from common import networks
+from common.augment import ZCA, DiffAugment, rng
+from common.datasets import Dataset, Stream, info, load
+from common.datasets_table import NORMALISATION
+from common.distilled import DistilledSet, grid
+from common.store import Checkpoint, Product, Store
+from common.students import PROTOCOLS, Protocol, train_students
+
+__all__ = [
+    "Setting", "default_network", "distil", "experts", "facts", "preview", "random_subset", "setting", "size_of",
+    "students",
+]  # fmt: skip
+
+NO_FLIP = ("digits", "mnist", "svhn")  # mirrored digits are other signs: DSA's strategy for them leaves the flip out
+STRATEGY = "color_crop_cutout_flip_scale_rotate"
+ZCA_EPS = 0.1  # added to the variances, in MTT and all that came after
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A data set as network input, a network by name, and the augmentation of the data set."""
+
+    train: Dataset
+    test: Dataset
+    size: int
+    network: str
+    device: torch.device
+    whitened: bool = False
+    store: Store | None = None
+
+    @functools.cached_property
+    def zca(self) -> ZCA | None:
+        """The whitening, fitted on the training images at first use and kept in the store."""
+        if not self.whitened:
+            return None
+        fit = lambda: ZCA.fit(self.train.images, ZCA_EPS)  # noqa: E731
+        if self.store is None:
+            return fit().to(self.device)
+        entry = self.store.make(
+            "zca", {"eps": ZCA_EPS}, (self.train.fingerprint,), lambda _: Product(fit().to("cpu").tensors(), {})
+        )
+        return ZCA(**entry.tensors()).to(self.device)
+
+    def make_network(self, generator: torch.Generator) -> nn.Module:
+        return networks.make(
+            self.network, classes=len(self.train.classes), size=self.size, channels=self.train.images.shape[1],
+            generator=generator,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def augment(self) -> DiffAugment:
+        strategy = STRATEGY.replace("_flip", "") if self.train.name in NO_FLIP else STRATEGY
+        return DiffAugment(strategy)
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """Floating-point operations of one image's forward pass."""
+        net = self.make_network(rng(0)).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(torch.zeros(1, self.train.images.shape[1], self.size, self.size))
+        return float(counter.get_total_flops())
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> network input: normalised, or whitened."""
+        pixels = images.to(self.device).float() / 255
+        if self.zca is not None:
+            return self.zca(pixels)
+        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
+        return (pixels - mean) / std
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """The inverse of `prepare`, on the [0, 1] scale and not clipped."""
+        if self.zca is not None:
+            return self.zca.inverse(inputs)
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
+        return inputs * std + mean
+
+    def distilled(self, tensors: dict[str, Tensor], settings: dict) -> DistilledSet:
+        """A set in network-input space as one that can be kept: pixels and how they become network input."""
+        whitening = None if self.zca is None else {"zca_eps": ZCA_EPS, "fitted_on": self.train.fingerprint}
+        return DistilledSet(
+            self.pixels(tensors["images"]).contiguous(), tensors["labels"], self.train.classes, self.train.mean,
+            self.train.std, soft_labels=tensors.get("soft_labels"),
+            student_lr=float(tensors["lr"]) if "lr" in tensors else None, whitening=whitening, settings=settings,
+        )  # fmt: skip
+
+
+def default_network(size: int) -> str:
+    """The ConvNet of the matching papers for images of this side: depth 3 at 32 px, 4 at 64, 5 at 128."""
+    return f"convnet{max(3, math.ceil(math.log2(size)) - 2)}-instance"
+
+
+def setting(
+    dataset: str, root: str | None, *, device: torch.device, size: int = 0, network: str = "", zca: bool = False,
+    store: Store | None = None,
+) -> Setting:  # fmt: skip
+    """Load a data set in its own channels and constants.  ValueError for one that does not fit into memory.
+
+    store: keeps decoded images and the whitening.
+    """
+    cache = None if store is None else store.root / "cache"
+    try:
+        channels, native = info(dataset).channels, info(dataset).size
+    except ValueError:
+        channels, native = 3, None
+    normalisation = dataset if dataset in NORMALISATION else "imagenet"
+    train, test = (
+        load(dataset, root, split=split, channels=channels, normalisation=normalisation, cache=cache)
+        for split in ("train", "test")
+    )
+    if isinstance(train, Stream) or isinstance(test, Stream):
+        raise ValueError(f"dataset={dataset} does not fit into memory; the matching methods want a set that does")
+    size = size or native or min(128, train.short_side)
+    train, test = (replace(d, images=d.center(size).to(device), sizes=None) for d in (train, test))
+    found = Setting(train, test, size, network or default_network(size), device, zca, store)
+    found.make_network(rng(0))  # a wrong name or size shows now
+    return found
+
+
+def facts(on: Setting, seed: int) -> dict:
+    """What every stage on a setting depends on besides the data; names its store entry."""
+    return {"dataset": on.train.name, "size": on.size, "network": on.network, "zca": on.whitened, "seed": seed}
+
+
+def random_subset(on: Setting, ipc: int, seed: int) -> dict[str, Tensor]:
+    """`ipc` random real images of each class as a set in network-input space: the baseline of every method."""
+    labels, generator = on.train.labels.cpu(), rng(seed, "random subset")
+    few = int(labels.bincount(minlength=len(on.train.classes)).min())
+    if not 1 <= ipc <= few:
+        raise ValueError(f"ipc={ipc}: the smallest class of {on.train.name} has {few} images; allowed: 1 to {few}")
+    rows = [on.train.class_indices(k) for k in range(len(on.train.classes))]
+    chosen = torch.cat([own[torch.randperm(len(own), generator=generator)[:ipc]] for own in rows])
+    return {"images": on.prepare(on.train.images[chosen]).cpu().contiguous(), "labels": labels[chosen]}
+
+
+def distil(
+    work: Path, on: Setting, config, distill: Callable, restore: Callable, seed: int, *arguments, augmented: bool = True
+) -> Product:
+    """Run `distill` resumably: tensors in network-input space, a picture of the first classes, the losses."""
+    checkpoint = Checkpoint(work / "state.safetensors")
+    saved = checkpoint.load()
+    losses = saved[1]["losses"] if saved else []
+    bar = tqdm(desc="distil", unit="step", total=config.iterations, initial=saved[1]["step"] if saved else 0,
+               disable=None)  # fmt: skip
+    every = max(1, config.iterations // 100)
+
+    def on_step(state) -> None:
+        bar.update()
+        if state.step % every == 0:
+            losses.append([state.step, float(state.loss)])
+            bar.set_postfix(loss=f"{losses[-1][1]:.4g}")
+        if checkpoint.due(state.step):
+            checkpoint.save(state.tensors(), {"losses": losses, "step": state.step})
+
+    tensors = distill(
+        on.train.images, on.train.labels, *arguments, config, make_network=on.make_network, prepare=on.prepare,
+        augment=on.augment if augmented else None, generator=rng(seed, "distill"), device=on.device,
+        state=restore(saved[0]) if saved else None, on_step=on_step,
+    )  # fmt: skip
+    bar.close()
+    return Product(tensors, {"losses": losses, **size_of(tensors)}, {"preview.png": preview(on, tensors, config.ipc)})
+
+
+def preview(on: Setting, tensors: dict[str, Tensor], ipc: int) -> bytes:
+    """A PNG grid of the first ten classes, at most ten images each."""
+    classes = min(10, len(on.train.classes))
+    shown = torch.cat([torch.arange(k * ipc, k * ipc + min(ipc, 10)) for k in range(classes)])
+    return grid(on.pixels(tensors["images"][shown]), min(ipc, 10))
+
+
+def size_of(tensors: dict[str, Tensor]) -> dict:
+    soft = tensors.get("soft_labels")
+    return {"bytes": tensors["images"].numel() * 4, "label_bytes": 0 if soft is None else soft.numel() * 4}
+
+
+def experts(work: Path, on: Setting, config, train_experts: Callable, restore: Callable, seed: int) -> Product:
+    """Train expert trajectories resumably: one tensor [S+1, P] an expert."""
+    checkpoint = Checkpoint(work / "state.safetensors")
+    saved = checkpoint.load()
+    bar = tqdm(desc="experts", unit="epoch", total=config.experts * config.epochs,
+               initial=saved[1]["done"] if saved else 0, disable=None)  # fmt: skip
+
+    steps = itertools.count(1)
+
+    def on_step(state) -> None:
+        bar.update(state.step - bar.n)
+        if checkpoint.due(next(steps)):
+            checkpoint.save(state.tensors(), {"done": state.step})
+
+    found = train_experts(
+        on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare, augment=on.augment,
+        generator=rng(seed, "experts"), device=on.device, side_by_side=10 if on.device.type == "cuda" else 1,
+        state=restore(saved[0]) if saved else None, on_step=on_step,
+    )  # fmt: skip
+    bar.close()
+    return Product({f"expert{e:03d}": trajectory for e, trajectory in enumerate(found)}, {})
+
+
+def students(
+    work: Path, on: Setting, tensors: dict[str, Tensor], protocol: str | Protocol, seeds: Sequence[int],
+    dtype: torch.dtype = torch.float32, **options,
+) -> Product:  # fmt: skip
+    """Train and test students on a set in network-input space by a named protocol; accuracies in percent in meta."""
+    protocol = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+    with tqdm(desc=f"students, {protocol.name}", unit="epoch", disable=None) as bar:
+        found = train_students(
+            tensors["images"], tensors["labels"], on.test.images, on.test.labels, make_network=on.make_network,
+            protocol=protocol, seeds=seeds, prepare=on.prepare, augment=on.augment if protocol.augment else None,
+            lr=float(tensors["lr"]) if "lr" in tensors else None, soft_labels=tensors.get("soft_labels"),
+            device=on.device, dtype=dtype, checkpoint=Checkpoint(work / "students.safetensors"),
+            on_epoch=lambda *_: bar.update(), **options,
+        )  # fmt: skip
+    return Product({}, {"accuracies": list(found.accuracies), "best": found.best, "seeds": list(seeds)})

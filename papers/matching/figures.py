@@ -1,0 +1,68 @@
+"""The figures of the matching methods: what the images look like, and what they are worth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+
+from papers import drawing
+from papers.matching_stages import setting_of
+from papers.report import RANDOM
+
+if TYPE_CHECKING:
+    from papers.runner import Run
+
+__all__ = ["figure_accuracy", "figure_images"]
+
+
+def figure_images(run: Run, classes: int = 10) -> Figure | None:
+    """One image of each class by each method, at one image per class, on the first data set that has some."""
+    cells = [p for p in run.planned if p.cell.table == "table1" and p.cell.ipc == 1]
+    for dataset in dict.fromkeys(p.cell.dataset for p in cells):
+        found = [(p, drawing.entry(run, p, "distill")) for p in cells if p.cell.dataset == dataset]
+        found = [(p, made) for p, made in found if made is not None]
+        if found:
+            break
+    else:
+        return None
+    first = setting_of(run.lab, found[0][0].setup)
+    shown = torch.linspace(0, len(first.train.classes) - 1, min(classes, len(first.train.classes))).long()
+    figure, axes = drawing.axes_of(0.75 * len(shown) + 1, 0.8 * len(found) + 0.3, len(found), len(shown))
+    for row, (planned, made) in enumerate(found):
+        pixels = setting_of(run.lab, planned.setup).pixels(made.tensors()["images"][shown])
+        for column, image in enumerate(pixels):
+            drawing.show_image(axes[row, column], image.expand(3, -1, -1))
+        method = "random real" if planned.cell.method == RANDOM else planned.cell.method
+        axes[row, 0].set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
+    for column, k in enumerate(shown.tolist()):
+        axes[0, column].set_title(first.train.classes[k], fontsize=8)
+    text = (
+        f"The one image of each class that each method makes of {found[0][0].setup.run_on} (IPC 1), clipped to the"
+        " range of pixels; whitened sets are shown as pixels. The first row is real."
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_accuracy(run: Run) -> Figure | None:
+    """Test accuracy over images per class, one panel a data set, one line a method."""
+    data = drawing.values(run, "table1")
+    if data is None:
+        return None
+    datasets, methods = drawing.datasets(run, data), list(dict.fromkeys(data["method"]))
+    palette = sns.color_palette(n_colors=len(methods))
+    figure, axes = drawing.axes_of(2.8 * len(datasets) + 1.6, 3.2, 1, len(datasets))
+    for ax, dataset in zip(axes[0], datasets, strict=True):
+        own = data[data["dataset"] == dataset]
+        drawing.lines(own, ax, x="ipc", hue="method", hue_order=methods, palette=palette)
+        drawing.ipc_axis(ax, own["ipc"])
+        ax.set_title(f"{dataset}\n(run on {', '.join(dict.fromkeys(own['run_on']))})", fontsize=9)
+        ax.get_legend().remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    text = (
+        "Test accuracy of ConvNets trained from scratch on the distilled images, each method by its own protocol;"
+        f" random real images by the protocol of DSA. {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
