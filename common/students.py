@@ -1,13 +1,14 @@
 """Students of the matching papers: networks trained from scratch on a distilled set, by named protocols.
 
     found = train_students(
-        images, labels, test_images, test_labels, make_network=make, protocol="dm-2023", seeds=range(5), augment=augment
+        images, labels, test_images, test_labels, make_network=make, protocol="dm-2023", seeds=range(5), prepare=prepare
     )
     print(found.accuracies)
 
-Every draw is a pure function of (seed, epoch, batch), so a student is the same alone or beside others, and a killed
-run continues bit for bit.  Several students train side by side with stacked parameters: SGD and Adam are elementwise,
-so one optimiser on the stack does what one each would do.
+Every draw is a pure function of (seed, epoch, batch), so a killed run continues bit for bit, and a student is the same
+alone or beside others.  Several train side by side with stacked parameters: SGD and Adam are elementwise, so one
+optimiser on the stack does what one for each would do.  Accuracy is that after the last pass; nothing is chosen on the
+test set.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -23,82 +24,103 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from common.augment import rng
+from common.augment import DiffAugment, rng
 from common.store import Checkpoint
 from common.train import autocast
 
 __all__ = ["PROTOCOLS", "Protocol", "Students", "train_students"]
 
-SGD, ADAM = {"momentum": 0.9, "weight_decay": 5e-4}, {"momentum": 0.0, "weight_decay": 0.0}
+
+def _option(default, help: str, **facts):
+    return field(default=default, metadata={"help": help, **facts})
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How students are trained.  lr=0 stands for the step size that was learned with the images."""
+    """How students are trained; the defaults are those of DC's released code, which its successors kept.
+
+    schedule "step-half": E + 1 passes; after pass E // 2 + 1, counted from 0, a tenth of lr and a new optimiser, which
+    forgets the momentum.  "constant" and "cosine" (to 0, one step a pass): E passes.
+    """
 
     name: str
-    epochs: int  # E; "step-half" makes E + 1 passes, as the released code does
-    batch: int = 256  # images
-    optimizer: str = "sgd"  # sgd, adam or adamw
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "step-half"  # a tenth of lr with a new optimiser after pass E // 2 + 1; or constant, or cosine
-    augment: bool = True  # one operation a batch, parameters of its own for each image
-    labels: str = "hard"  # hard: class numbers; soft: softmax of logits; kl: logits at a temperature
-    temperature: float = 1.0
-    source: str = ""
+    epochs: int = _option(1000, "E, which schedule makes passes of", unit="epochs", minimum=1)
+    batch: int = _option(256, "images of a step; the last one of a pass may have fewer", unit="images", minimum=1)
+    optimizer: str = _option("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
+    lr: float | None = _option(0.01, "first learning rate; None: the step size that was learned with the images")
+    momentum: float = _option(0.9, "momentum of SGD", minimum=0)
+    weight_decay: float = _option(5e-4, "weight decay, on all parameters", minimum=0)
+    schedule: str = _option("step-half", "course of the learning rate", choices=("step-half", "constant", "cosine"))
+    augment: str = _option("", "strategy of DiffAugment: an operation a batch, values of its own for each image")
+    labels: str = _option("hard", "class numbers; cross-entropy with softmax(logits); KL of logits at a temperature",
+                          choices=("hard", "soft", "kl"))  # fmt: skip
+    temperature: float = _option(1.0, "of labels=kl")
+    source: str = _option("", "where the settings come from")
 
     def __post_init__(self):
-        for name, allowed in (
-            ("optimizer", ("sgd", "adam", "adamw")), ("schedule", ("step-half", "constant", "cosine")),
-            ("labels", ("hard", "soft", "kl")),
-        ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"protocol.{name}={getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}")
-        if self.epochs < 1 or self.batch < 1 or self.lr < 0:
-            raise ValueError(f"protocol {self.name}: epochs and batch must be at least 1 and lr not negative: {self}")
+        for f in fields(self):
+            value, low, allowed = getattr(self, f.name), f.metadata.get("minimum"), f.metadata.get("choices")
+            if allowed and value not in allowed:
+                raise ValueError(f"protocol.{f.name}={value!r} is unknown; allowed: {', '.join(allowed)}")
+            if low is not None and not value >= low:
+                raise ValueError(f"protocol.{f.name}={value!r} is too small; the least is {low}")
+        if not self.temperature > 0 or not (self.lr is None or self.lr > 0):
+            raise ValueError(f"protocol.lr={self.lr} and protocol.temperature={self.temperature} must be above 0")
 
     @property
     def passes(self) -> int:
         return self.epochs + (self.schedule == "step-half")
 
-    def rate(self, epoch: int, lr: float) -> float:
+    def restarts(self, epoch: int) -> bool:
+        """Whether pass `epoch`, counted from 0, begins with a new optimiser."""
+        return epoch == 0 or (self.schedule == "step-half" and epoch == self.epochs // 2 + 2)
+
+    def rate(self, lr: float, epoch: int) -> float:
         """Learning rate of pass `epoch`, counted from 0."""
         if self.schedule == "cosine":
             return lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return lr * (0.1 if self.schedule == "step-half" and epoch > self.epochs // 2 + 1 else 1.0)
 
 
+DSA = "color_crop_cutout_flip_scale_rotate"  # sets of digits leave "flip" out: pass an augmentation of your own
+_DC, _HARD_TRUTHS = "VICO-UoE/DatasetCondensation", "Rethinking Dataset Distillation (CVPR 2026), supplement, table 1"
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
     for p in (
-        Protocol("dc-2021", 300, augment=False, source="VICO-UoE/DatasetCondensation, main.py; CIFAR, SVHN, Fashion"),
-        Protocol("dsa-2021", 1000, source="VICO-UoE/DatasetCondensation, main.py"),
-        Protocol("dm-2023", 1000, source="VICO-UoE/DatasetCondensation, main_DM.py"),
-        Protocol("mtt-2022", 1000, lr=0.0, source="GeorgeCazenavette/mtt-distillation, distill.py"),
-        Protocol("datm-2024", 1000, batch=128, lr=0.0, labels="soft", source="NUS-HPC-AI-Lab/DATM, configs"),
-        Protocol("dcbench-2022", 1000, source="justincui03/dc_benchmark, evaluator.py: lr 0.01 for every method"),
+        # DC also has an older augmentation, for MNIST and for BatchNorm students only (with E = 1000): not here.
+        Protocol("dc-2021", epochs=300, source=f"{_DC}, main.py and utils.py"),
+        Protocol("dsa-2021", augment=DSA, source=f"{_DC}, main.py --method DSA"),
+        Protocol("dm-2023", augment=DSA, source=f"{_DC}, main_DM.py"),
+        # FTD and ATT test their sets the same way.
+        Protocol("mtt-2022", lr=None, augment=DSA, source="GeorgeCazenavette/mtt-distillation, distill.py, utils.py"),
         Protocol(
-            "mixing-2025", 300, optimizer="adam", lr=1e-3, **ADAM, schedule="constant", augment=False,
+            "datm-2024", batch=128, lr=None, augment=DSA, labels="soft",
+            source="NUS-HPC-AI-Lab/DATM, distill/evaluation.py, utils/utils_baseline.py",
+        ),
+        # One learning rate for every method, never whitened; -plain is the script's default, the other one its --dsa.
+        Protocol("dcbench-2022", augment=DSA, source="justincui03/dc_benchmark, evaluator.py --dsa"),
+        Protocol("dcbench-2022-plain", epochs=300, source="justincui03/dc_benchmark, evaluator.py"),
+        Protocol(
+            "mixing-2025", epochs=300, optimizer="adam", lr=1e-3, momentum=0.0, weight_decay=0.0, schedule="constant",
             source="IanPons/Enhancing-Distilled-Datasets, load_train_compare.py",
         ),
-        Protocol("hard-truths-hard", 300, source="Hard Truths, supplement: DC-Bench's loop with E = 300"),
+        Protocol("hard-truths-hard", epochs=300, augment=DSA, source=f"{_HARD_TRUTHS}, small scale, HL"),
+        # Weight decay is not stated, 0.01 is AdamW's default; nor is a factor T^2, to which AdamW is blind.
         Protocol(
-            "hard-truths-soft", 300, optimizer="adamw", lr=1e-3, momentum=0.0, weight_decay=0.01, schedule="cosine",
-            labels="kl", temperature=20.0, source="Hard Truths, supplement; AdamW's default weight decay",
+            "hard-truths-soft", epochs=300, optimizer="adamw", lr=1e-3, momentum=0.0, weight_decay=0.01,
+            schedule="cosine", augment=DSA, labels="kl", temperature=20.0, source=f"{_HARD_TRUTHS}, small scale, SL",
         ),
     )
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Students:
     """What came of the students, in the order of their seeds."""
 
-    accuracies: list[float]  # percent, after the last pass
-    best: list[float] = field(default_factory=list)  # best on test among the looks of eval_every: a side column only
-    losses: list[list[float]] = field(default_factory=list)  # of some passes, mean over the students of a group
+    accuracies: list[float] = field(default_factory=list)  # percent of the test images, after the last pass
+    best: list[float] = field(default_factory=list)  # best at any look; only with eval_every, and only as a side column
+    losses: list[float] = field(default_factory=list)  # mean over the last pass
     seconds: float = 0.0
 
 
@@ -109,7 +131,7 @@ def train_students(
     test_labels: Tensor,
     *,
     make_network: Callable[[torch.Generator], nn.Module],
-    protocol: Protocol | str,
+    protocol: str | Protocol,
     seeds: Sequence[int],
     prepare: Callable[[Tensor], Tensor] | None = None,
     augment: Any = None,
@@ -119,175 +141,275 @@ def train_students(
     dtype: torch.dtype = torch.float32,
     side_by_side: int = 0,
     eval_every: int = 0,
+    compile: bool = False,
     checkpoint: Checkpoint | None = None,
-    on_epoch: Callable[[int, float], None] | None = None,
+    on_epoch: Callable[[int, int], None] | None = None,
 ) -> Students:
-    """Train one student a seed on images [M, C, H, W] (network input) and test it on test_images by `prepare`.
+    """Train one student a seed on images [M, C, H, W] (network input), labels int64 [M], and test it.
 
-    labels [M] class numbers; soft_labels [M, K] logits where the protocol wants them; lr: the learned step size.
-    augment: `draw(rows, generator, siamese=False)` and `augment(images, draw)`.  side_by_side: students that share a
-    stack; 0: all on a GPU, one after the other on a CPU, where a grouped convolution is no faster.  eval_every: also
-    look at the test set every so many passes, for `best`.  Raises FloatingPointError when the loss is not finite.
+    test_images: [N, C, H, W], through `prepare` (on the device) to network input; None: they are that already.
+    augment: in place of the protocol's own strategy (`draw(rows, generator, siamese=False)`, `augment(images, draw)`).
+    lr, soft_labels (logits [M, K]): read where the protocol wants them.  dtype: bfloat16 is autocast.
+    side_by_side: students stacked together; 0: up to ten on a GPU, one on a CPU, where grouped convolutions are slower.
+    Networks that vmap cannot take (running statistics, dropout) train one after the other.  eval_every: also look at
+    the test set after every so many passes.  compile needs a C++ compiler on a CPU.  on_epoch(passes done, of how
+    many) after each pass of each group.  Raises FloatingPointError when a loss is not finite.
     """
-    protocol = _checked(protocol, images, labels, augment, lr, soft_labels)
+    protocol = _resolve(protocol)
+    target = _checked(protocol, images, labels, test_images, test_labels, augment, lr, soft_labels, seeds)
+    if side_by_side < 0 or eval_every < 0:
+        raise ValueError(f"side_by_side={side_by_side} and eval_every={eval_every} must be at least 0")
+    if protocol.augment and augment is None:
+        augment = DiffAugment(protocol.augment)
     device, begun = torch.device(device), time.perf_counter()
-    target = labels if soft_labels is None or protocol.labels == "hard" else soft_labels
-    images, target = images.to(device).contiguous(), target.to(device)
-    width = side_by_side or (len(seeds) if device.type == "cuda" else 1)
-    if not _stackable(make_network(rng(0))):
-        width = 1
-    found = Students([])
-    saved = checkpoint.load() if checkpoint else None
-    if saved:
-        found = Students(**saved[1]["found"])
-    for group in [tuple(seeds)[i : i + width] for i in range(len(found.accuracies), len(seeds), width)]:
-        students = _Group(group, make_network, protocol, protocol.lr or lr, device, dtype)
-        first = students.restore(*saved) if saved and "params/0" in saved[0] else 0
-        saved, best = None, [0.0] * len(group)
-        for epoch in range(first, protocol.passes):
-            loss = students.run_pass(images, target, epoch, augment if protocol.augment else None)
-            last = epoch + 1 == protocol.passes
-            if epoch % 50 == 49 or last:
-                _check_finite(loss, epoch, protocol)
-                found.losses.append([epoch, float(loss)])
-            if eval_every and (epoch % eval_every == eval_every - 1 or last):
-                tested = students.test(test_images, test_labels, prepare)
-                best = [max(pair) for pair in zip(best, tested, strict=True)]
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    images, target = images.to(device, wide), target.to(device)
+    model = _Model(make_network, images[:2], device, dtype, compile)
+    test = _Test(test_images, test_labels, prepare, device, wide)
+    rate = lr if protocol.lr is None else protocol.lr
+
+    tensors, meta = (checkpoint and checkpoint.load()) or ({}, {})
+    found = Students(**meta.get("found", {}))
+    together = meta.get("together", side_by_side or (10 if device.type == "cuda" else 1))
+    together = together if model.stackable else 1
+    groups = [tuple(seeds)[i : i + together] for i in range(0, len(seeds), together)]
+    before = found.seconds
+
+    def save(tensors: dict[str, Tensor], epoch: int, best: list[float]) -> None:
+        so_far = replace(found, seconds=before + time.perf_counter() - begun)
+        checkpoint.save(tensors, {"found": asdict(so_far), "together": together, "epoch": epoch, "best": best})
+
+    for number, seeds_ in enumerate(groups):
+        if number * together < len(found.accuracies):
+            continue
+        group = _Group(model, seeds_, protocol, rate)
+        epoch, best = meta.get("epoch", 0), meta.get("best", [])
+        if tensors:
+            group.restore(tensors, epoch)
+        tensors, meta = {}, {}
+        while epoch < protocol.passes:
+            group.run_pass(images, target, epoch, augment)
+            epoch += 1
+            last = epoch == protocol.passes
+            due = checkpoint is not None and not last and checkpoint.due(number * protocol.passes + epoch)
+            if due or last or epoch % 50 == 0:
+                group.check(epoch)
+            if eval_every and (epoch % eval_every == 0 or last):
+                accuracies = test(group)
+                best = [max(pair) for pair in zip(best or accuracies, accuracies, strict=True)]
+            if due:
+                save(group.tensors(), epoch, best)
             if on_epoch:
-                on_epoch(epoch, loss)
-            if checkpoint and not last and checkpoint.due(epoch + 1):
-                checkpoint.save(students.tensors(), {"epoch": epoch + 1, "best": best, "found": vars(found)})
-        found.accuracies += students.test(test_images, test_labels, prepare)
-        found.best += best if eval_every else []
-        if checkpoint and len(found.accuracies) < len(seeds):
-            checkpoint.save({"done": torch.tensor(len(found.accuracies))}, {"found": vars(found)})
-    found.seconds += time.perf_counter() - begun
-    return found
+                on_epoch(number * protocol.passes + epoch, len(groups) * protocol.passes)
+        found.accuracies.extend(test(group))
+        found.best.extend(best)
+        found.losses.extend(group.losses.tolist())
+        if checkpoint is not None:
+            save({}, 0, [])
+    return replace(found, seconds=before + time.perf_counter() - begun)
+
+
+# ---------------------------------------------------------------- a group of students
+
+
+class _Model:
+    """A network as a function of the parameters and buffers of one student, or of the stacks of several."""
+
+    def __init__(self, make_network, images: Tensor, device: torch.device, dtype: torch.dtype, compile: bool):
+        self.device, self.dtype = device, dtype
+        # Faster in channels_last where convolutions are: in bf16 and on a GPU, and where a compiler fuses the norms.
+        fast = compile or dtype == torch.bfloat16 or device.type == "cuda"
+        self.layout = torch.channels_last if fast else torch.contiguous_format
+        self.make = lambda seed: self._placed(make_network(rng(seed, "student")))
+        self.net = self.make(0)
+        wrap = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
+        self._one = wrap(self._call)
+        self._each = wrap(vmap(self._call, randomness="error"))
+        self._same = wrap(vmap(self._call, in_dims=(0, 0, None), randomness="error"))
+        self.stackable = self._stacks(images)
+
+    def _placed(self, net: nn.Module) -> nn.Module:
+        wide = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+        return net.to(self.device, wide, memory_format=self.layout).train()
+
+    def _call(self, params: dict, buffers: dict, x: Tensor) -> Tensor:
+        return functional_call(self.net, (params, buffers), (x,))
+
+    def _stacks(self, images: Tensor) -> bool:
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.net.modules()):
+            return False
+        try:
+            with torch.no_grad():
+                vmap(self._call, in_dims=(0, 0, None), randomness="error")(*stack_module_state([self.net] * 2), images)
+        except RuntimeError:
+            return False
+        return True
+
+    def __call__(self, params: dict, buffers: dict, x: Tensor, students: int) -> Tensor:
+        """x [G, B, C, H, W], or [B, C, H, W] shared by all -> float32 or float64 [G, B, K]."""
+        with autocast(self.device, self.dtype):
+            if students == 1:
+                own = x.flatten(0, -4).contiguous(memory_format=self.layout)
+                logits = self._one(params, buffers, own)[None]
+            else:
+                logits = (self._each if x.dim() == 5 else self._same)(params, buffers, x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _Group:
-    """Some students with one stack of parameters [G, ...] each name; G = 1 is a plain network."""
+    """Students that train together: parameters [G, ...] where there are several, those of a network where it is one."""
 
-    def __init__(self, seeds, make_network, protocol: Protocol, lr: float, device: torch.device, dtype: torch.dtype):
-        self.seeds, self.protocol, self.lr, self.device, self.dtype = seeds, protocol, lr, device, dtype
-        nets = [make_network(rng(seed, "student")).to(device).train() for seed in seeds]
-        self.net, self.stacked = nets[0], len(nets) > 1
-        if self.stacked:
-            self.stack, self.buffers = stack_module_state(nets)
-            self.params = [p.detach().requires_grad_() for p in self.stack.values()]
-            self.stack = dict(zip(self.stack, self.params, strict=True))
+    def __init__(self, model: _Model, seeds: tuple[int, ...], protocol: Protocol, lr: float):
+        self.model, self.seeds, self.protocol, self.lr = model, seeds, protocol, lr
+        nets = [model.make(seed) for seed in seeds]
+        if len(nets) == 1:
+            params, buffers = dict(nets[0].named_parameters()), dict(nets[0].named_buffers())
         else:
-            self.params = list(self.net.parameters())
-        self._renew()
+            params, buffers = stack_module_state(nets)
+        self.params = {name: p.detach().requires_grad_() for name, p in params.items()}
+        self.buffers = buffers
+        self.optimizer: torch.optim.Optimizer
+        self.losses = torch.full((len(seeds),), math.nan)  # of the last pass, on the device
 
     def _renew(self) -> None:
-        p = self.protocol
+        """A new optimiser."""
+        p, params = self.protocol, list(self.params.values())
+        options = {"lr": self.lr, "weight_decay": p.weight_decay, "fused": True}
         if p.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.params, self.lr, momentum=p.momentum, weight_decay=p.weight_decay)
+            self.optimizer = torch.optim.SGD(params, momentum=p.momentum, **options)
         else:
-            kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer]
-            self.optimizer = kind(self.params, self.lr, weight_decay=p.weight_decay)
+            self.optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer](params, **options)
 
-    def logits(self, x: Tensor, shared: bool = False) -> Tensor:
-        """x [G, B, C, H, W], or [B, C, H, W] for all of them (shared) -> float32 [G, B, K]."""
-        with autocast(self.device, self.dtype):
-            if not self.stacked:
-                out = self.net(x if shared else x[0])[None]
-            else:
-                one = lambda params, buffers, own: functional_call(self.net, (params, buffers), (own,))  # noqa: E731
-                out = vmap(one, in_dims=(0, 0, None if shared else 0))(self.stack, self.buffers, x)
-        return out.to(torch.promote_types(out.dtype, torch.float32))
-
-    def run_pass(self, images: Tensor, target: Tensor, epoch: int, augment: Any) -> Tensor:
-        """One pass over the set; returns the mean loss of its last batch over the students."""
-        half = self.protocol.epochs // 2 + 2
-        if self.protocol.schedule == "step-half" and epoch == half:
-            self._renew()  # the released code forgets the momentum here
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.protocol.rate(epoch, self.lr)
-        self.net.train()
+    def run_pass(self, images: Tensor, target: Tensor, epoch: int, augment: Any) -> None:
+        """One pass over the set, each student in its own order and with its own augmentation."""
+        if self.protocol.restarts(epoch):
+            self._renew()
+        self.optimizer.param_groups[0]["lr"] = self.protocol.rate(self.lr, epoch)
+        self.model.net.train()
         orders = torch.stack([torch.randperm(len(images), generator=rng(s, "order", epoch)) for s in self.seeds])
-        for number, rows in enumerate(orders.split(self.protocol.batch, 1)):  # [G, B]
-            rows = rows.to(self.device)
-            x = images[rows]
+        total = 0
+        for batch, rows in enumerate(orders.to(images.device).split(self.protocol.batch, 1)):  # [G, B]
+            x = images[rows.flatten()]
             if augment is not None:
-                places = [rng(seed, "augment", epoch, number) for seed in self.seeds]
-                draws = [augment.draw(rows.shape[1], place, siamese=False) for place in places]
-                x = torch.stack([augment(own, draw) for own, draw in zip(x, draws, strict=True)])
-            losses = self._loss(self.logits(x), target[rows])
+                x = augment(x, self._draw(augment, rows.shape[1], epoch, batch))
+            logits = self._logits(x.unflatten(0, rows.shape), epoch, batch)
+            losses = student_losses(logits, target[rows], self.protocol)
             self.optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
             self.optimizer.step()
-        return losses.detach().mean()
+            total = total + losses.detach() * rows.shape[1]
+        self.losses = total / len(images)
 
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """[G, B, K], targets [G, B] or [G, B, K] -> [G], means over the batch."""
-        if self.protocol.labels == "hard":
-            return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(1)
-        t = self.protocol.temperature
-        log_p, log_q = (logits / t).log_softmax(2), (target / t).log_softmax(2)
-        if self.protocol.labels == "soft":
-            return -(log_q.exp() * log_p).sum(2).mean(1)
-        return (log_q.exp() * (log_q - log_p)).sum(2).mean(1)
+    def _draw(self, augment: Any, rows: int, epoch: int, batch: int) -> Any:
+        """One augmentation for the images of all students: an operation each, values for every image."""
+        draws = [augment.draw(rows, rng(seed, "augment", epoch, batch), siamese=False) for seed in self.seeds]
+        parts = [draw.tensors() for draw in draws]
+        return type(draws[0])(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    @torch.inference_mode()
-    def test(self, images: Tensor, labels: Tensor, prepare: Callable | None, batch: int = 500) -> list[float]:
-        """Top-1 accuracy of each student in percent."""
-        self.net.eval()
-        right = torch.zeros(len(self.seeds), device=self.device)
-        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-            x = x.to(self.device) if prepare is None else prepare(x.to(self.device))
-            right += (self.logits(x, shared=True).argmax(2) == y.to(self.device)).sum(1)
-        return (100 * right / len(labels)).tolist()
+    def _logits(self, x: Tensor, epoch: int, batch: int) -> Tensor:
+        if len(self.seeds) > 1:
+            return self.model(self.params, self.buffers, x, len(self.seeds))
+        cuda = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):  # what a network draws itself (dropout) also depends on the place alone
+            torch.manual_seed(rng(self.seeds[0], "network", epoch, batch).initial_seed())
+            return self.model(self.params, self.buffers, x, 1)
+
+    def check(self, epoch: int) -> None:
+        for seed, loss in zip(self.seeds, self.losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of student {seed} is {loss} after pass {epoch} of {self.protocol.passes} of protocol "
+                    f"{self.protocol.name!r} (lr={self.lr:.4g}); the last good state is kept; a smaller lr may help"
+                )
 
     def tensors(self) -> dict[str, Tensor]:
-        out = {f"params/{i}": p.detach() for i, p in enumerate(self.params)}
-        out |= {f"buffers/{name}": b for name, b in self.net.named_buffers()}
-        for i, p in enumerate(self.params):
-            out |= {f"slots/{i}/{k}": torch.as_tensor(v) for k, v in self.optimizer.state[p].items() if v is not None}
+        """All that is needed to continue after a pass."""
+        out = {f"params/{name}": p for name, p in self.params.items()}
+        out |= {f"buffers/{name}": b for name, b in self.buffers.items()}
+        for name, p in self.params.items():
+            out |= {f"{k}/{name}": v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
         return out
 
-    def restore(self, tensors: dict[str, Tensor], meta: dict) -> int:
-        """Continue from `tensors`; returns the next pass."""
+    def restore(self, tensors: dict[str, Tensor], epoch: int) -> None:
+        """Continue before pass `epoch`."""
+        self._renew()
         with torch.no_grad():
-            for i, p in enumerate(self.params):
-                p.copy_(tensors[f"params/{i}"])
-            for name, b in self.net.named_buffers():
-                b.copy_(tensors[f"buffers/{name}"])
-        for key, value in tensors.items():
-            if key.startswith("slots/"):
-                _, i, name = key.split("/")
-                own = self.params[int(i)]
-                self.optimizer.state[own][name] = value.to(own.device) if value.ndim else value
-        return meta["epoch"]
+            for key, value in tensors.items():
+                kind, name = key.split("/", 1)
+                if kind == "params":
+                    self.params[name].copy_(value)
+                elif kind == "buffers":
+                    self.buffers[name].copy_(value)
+                else:  # the optimiser wants what has the parameter's shape in its memory order too
+                    own = self.params[name]
+                    moved = torch.empty_like(own).copy_(value) if value.shape == own.shape else value.to(own.device)
+                    self.optimizer.state[own][kind] = moved
 
 
-def _stackable(net: nn.Module) -> bool:
-    """Running statistics and dropout do not stack: such students train one after the other."""
-    alone = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    return not any(isinstance(m, alone) for m in net.modules())
+def student_losses(logits: Tensor, target: Tensor, protocol: Protocol) -> Tensor:
+    """Mean loss of each student: logits [G, B, K], class numbers [G, B] or logits [G, B, K] -> [G]."""
+    if protocol.labels == "hard":
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(1)
+    t = protocol.temperature if protocol.labels == "kl" else 1.0
+    log_p, log_q = (logits / t).log_softmax(2), (target.to(logits) / t).log_softmax(2)
+    entropy = log_q if protocol.labels == "kl" else 0  # soft: without the entropy of the labels, which is constant
+    return (log_q.exp() * (entropy - log_p)).sum(2).mean(1)
 
 
-def _checked(protocol, images: Tensor, labels: Tensor, augment, lr: float | None, soft: Tensor | None) -> Protocol:
-    """The protocol itself; ValueError for what does not fit."""
-    if isinstance(protocol, str):
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol={protocol!r} is unknown; allowed: {', '.join(PROTOCOLS)}")
-        protocol = PROTOCOLS[protocol]
-    if not len(images) or len(images) != len(labels):
-        raise ValueError(f"{len(images)} images and {len(labels)} labels; needs as many of both, and at least one")
-    if protocol.augment and augment is None:
-        raise ValueError(f"protocol {protocol.name!r} augments its batches: pass augment=")
-    if not protocol.lr and not (lr is not None and lr > 0):
-        raise ValueError(f"protocol {protocol.name!r} trains with the learned step size: lr={lr} must be above 0")
-    if protocol.labels != "hard" and soft is None:
-        raise ValueError(f"protocol {protocol.name!r} has labels={protocol.labels!r}: pass soft_labels=, logits [M, K]")
-    return protocol
+@dataclass(frozen=True)
+class _Test:
+    """Top-1 accuracies of a group on the test images."""
+
+    images: Tensor
+    labels: Tensor
+    prepare: Callable[[Tensor], Tensor] | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.inference_mode()
+    def __call__(self, group: _Group) -> list[float]:
+        model, students = group.model, len(group.seeds)
+        model.net.eval()
+        right = torch.zeros(students, dtype=torch.long, device=self.device)
+        batch = 100 if self.device.type == "cpu" else 1000
+        for x, y in zip(self.images.split(batch), self.labels.split(batch), strict=True):
+            x = x.to(self.device) if self.prepare is None else self.prepare(x.to(self.device))
+            logits = model(group.params, group.buffers, x.to(self.dtype), students)
+            right += (logits.argmax(2) == y.to(self.device)).sum(1)
+        return (100 * right.double() / len(self.labels)).tolist()
 
 
-def _check_finite(loss: Tensor, epoch: int, protocol: Protocol) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss of the students is not finite at pass {epoch} of protocol {protocol.name!r} (lr={protocol.lr}); "
-            "a smaller learning rate may help"
-        )
+# ---------------------------------------------------------------- checks
+
+
+def _resolve(protocol: str | Protocol) -> Protocol:
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} is unknown; allowed: {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+def _checked(
+    protocol: Protocol, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, augment: Any,
+    lr: float | None, soft: Tensor | None, seeds: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """What the students learn: class numbers or logits.  ValueError for what does not fit."""
+    name = protocol.name
+    for what, x, y in (("images", images, labels), ("test images", test_images, test_labels)):
+        if len(x) != len(y) or not len(x):
+            raise ValueError(f"{len(x)} {what} and {len(y)} labels; needs as many of both, and at least one")
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; pass network input as floats")
+    if not len(seeds):
+        raise ValueError("seeds are empty; needs one for each student")
+    if augment is not None and not protocol.augment:
+        raise ValueError(f"protocol {name!r} trains without augmentation; pass augment=None or another protocol")
+    if protocol.lr is None and (lr is None or not 0 < lr < math.inf):
+        raise ValueError(f"protocol {name!r} trains with the step size learned with the images; lr={lr} is not above 0")
+    if protocol.labels == "hard":
+        return labels
+    if soft is None or soft.shape[:1] != labels.shape or soft.dim() != 2:
+        got = None if soft is None else tuple(soft.shape)
+        raise ValueError(f"protocol {name!r} learns label logits; soft_labels={got}, allowed: [{len(labels)}, classes]")
+    return soft

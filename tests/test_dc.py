@@ -169,6 +169,14 @@ def test_memory_settings_do_not_change_the_update(change, norm):
     torch.testing.assert_close(other, gradient, rtol=1e-10, atol=1e-12 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize(("memory", "together"), [("all", [K]), ("class", [1] * K)])
+def test_memory_decides_how_many_classes_are_differentiated_at_once(memory, together, monkeypatch):
+    seen, exact = [], Network.synthetic_gradient
+    monkeypatch.setattr(Network, "synthetic_gradient", lambda *a: seen.append(len(a[1])) or exact(*a))
+    one_step(replace(LOOP, memory=memory), maker(), *real_set())
+    assert seen == together
+
+
 def test_images_of_a_class_follow_their_class_alone():
     """Other real images of class 2 leave the gradients of classes 0 and 1 as they are."""
     make, (images, labels) = maker(), real_set()

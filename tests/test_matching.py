@@ -1,0 +1,117 @@
+"""The matching methods as a user meets them: the paper's plan and smoke run, one method's script, the kept sets."""
+
+import csv
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import matching
+from common.distilled import load
+from common.students import PROTOCOLS
+from papers import runner
+from papers.plan import load_paper
+from papers.report import load_reported
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Every method once, on digits at one image per class."""
+    place = tmp_path_factory.mktemp("matching")
+    places = [f"store={place}/runs", f"out={place}/tables", "device=cpu"]
+    return runner.run(runner.parse(["paper=matching", "scale=smoke", "only=table1/1", *places]))
+
+
+@pytest.mark.slow
+def test_every_method_makes_a_number(smoke):
+    assert not smoke.failed, [p.why for p in smoke.failed]
+    found = {r["method"]: r for r in smoke.results.values()}
+    assert set(found) == {"Random real (ours)", "DC", "DSA", "DM", "MTT", "FTD", "ATT", "DATM"}
+    for name, result in found.items():
+        assert len(result["values"]) == len(result["seeds"]) == 2 and result["mean"] > 20, (name, result["mean"])
+        assert result["settings"]["protocol"]["name"] in PROTOCOLS and result["hardware"] and result["commit"]
+    assert found["DATM"]["bytes"]["labels"] == 10 * 10 * 4 and found["DC"]["bytes"]["labels"] == 0
+
+
+@pytest.mark.slow
+def test_tables_and_figures_of_the_smoke_run(smoke):
+    rows = list(csv.DictReader((smoke.folder / "table1.csv").open()))
+    row = next(r for r in rows if (r["dataset"], r["method"], r["ipc"]) == ("CIFAR-10", "DC", "1"))
+    assert float(row["reported"]) == 28.3 and row["ours"] and row["status"] == "not comparable"
+    for name in ("figure_images.png", "figure_accuracy.png", "table1.md", "table1.tex", "table2.md"):
+        assert (smoke.folder / name).stat().st_size > 0
+
+
+def test_plan_of_the_published_scale_names_the_missing_sets(tmp_path):
+    args = runner.parse(["paper=matching", "scale=paper", f"data={tmp_path}", f"store={tmp_path}/runs"])
+    planned = runner.make_plan(args, load_paper("matching"), _lab(args))
+    assert planned and all(p.why.startswith("missing data") for p in planned)
+    assert Counter(p.cell.dataset for p in planned)["CIFAR-10"] == 24
+
+
+def _lab(args):
+    return runner.Lab(runner.Store(Path(args.store)), args.data, CPU, "fp32")
+
+
+def test_published_settings_reach_the_cells():
+    paper = load_paper("matching")
+    setups = {c.id: runner.setup_of(paper.scales["paper"], c) for c in paper.cells_at("paper")}
+    datm = setups["table1/cifar-10/datm/convnet/1/own"]
+    assert datm.distill["student_steps"] == 80 and datm.distill["threshold"] == 1.1
+    assert datm.protocol.name == "datm-2024"
+    mtt = setups["table1/cifar-10/mtt/convnet/1/own"]
+    assert mtt.distill["lr_lr"] == 1e-7 and mtt.distill["zca"] is True and mtt.protocol.lr is None
+    assert setups["table1/cifar-100/att/convnet/50/own"].distill["iterations"] == 100_000
+
+
+def test_printed_numbers():
+    rows = load_reported(ROOT / "papers" / "matching" / "reported.csv")
+    assert Counter(r["table"] for r in rows) == {"table1": 66, "table2": 6}
+    value = {(r["dataset"], r["method"], r["ipc"]): (r["value"], r["std"]) for r in rows}
+    assert value["CIFAR-10", "DATM", 50] == (76.1, 0.3) and value["Tiny ImageNet", "MTT", 1] == (8.8, 0.3)
+
+
+def test_pixels_and_network_input_are_inverse():
+    for zca in (False, True):
+        on = matching.setting("digits", None, device=CPU, size=8, network="mlp", zca=zca)
+        some = on.train.images[:5]
+        assert torch.allclose(on.pixels(on.prepare(some)), some.float() / 255, atol=1e-4)
+        made = on.distilled({"images": on.prepare(some), "labels": on.train.labels[:5]}, {})
+        assert (made.whitening is not None) == zca
+
+
+def test_random_subset_wants_enough_images():
+    on = matching.setting("digits", None, device=CPU)
+    tensors = matching.random_subset(on, 3, seed=0)
+    assert tensors["labels"].bincount().tolist() == [3] * 10 and len(tensors["images"].unique(dim=0)) == 30
+    assert not torch.equal(tensors["images"], matching.random_subset(on, 3, seed=1)["images"])
+    with pytest.raises(ValueError, match="ipc=5000"):
+        matching.random_subset(on, 5000, seed=0)
+
+
+@pytest.mark.slow
+def test_a_method_alone(tmp_path):
+    command = [
+        sys.executable, "methods/dm.py", "dataset=digits", "ipc=1", "iterations=3", "batch_real=8", "students=2",
+        "protocol=mixing-2025", "device=cpu", f"store={tmp_path}/runs", f"out={tmp_path}/out",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"students: \d+\.\d\d ± \d+\.\d\d % on 360 test images \(2 students, protocol mixing", done.stdout)
+    made = load(tmp_path / "out" / "dm_digits_ipc1.safetensors")
+    assert made.images.shape == (10, 1, 32, 32) and made.settings["config"]["iterations"] == 3
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa", "dm", "mtt"])
+def test_a_wrong_argument_is_named(method):
+    done = subprocess.run(
+        [sys.executable, f"methods/{method}.py", "ipcs=1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "ipcs" in done.stderr and "Traceback" not in done.stderr
