@@ -196,7 +196,8 @@ def load(
     if decoded is None:
         return Stream.of(name, listing, channels, mean, std, bad_share)
     decoding.report_bad(decoded.bad, len(listing.items), bad_share)
-    note = f"{_sides(decoded)}, {len(decoded.labels)} images, layout {listing.layout} in {listing.folder.name}/"
+    facts = (_sides(decoded), f"{len(decoded.labels)} images", listing.kinds())
+    note = ", ".join([*filter(None, facts), f"layout {listing.layout} in {listing.folder.name}/"])
     return Dataset(
         name, decoded.images, decoded.labels, listing.classes, mean, std, decoded.sizes, decoded.fingerprint, note
     )

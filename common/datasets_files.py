@@ -43,6 +43,12 @@ class Listing:
     items: Sequence[str | bytes]
     labels: torch.Tensor  # int64 [N]
 
+    def kinds(self) -> str:
+        """The kinds of files in words, e.g. "JPEG files"; empty for encoded bytes, whose kind is not looked at."""
+        suffixes = {Path(item).suffix.lower().lstrip(".") for item in self.items if isinstance(item, str)}
+        names = sorted({"JPEG" if s in ("jpg", "jpeg") else s.upper() for s in suffixes})
+        return f"{' and '.join(names)} files" if names else ""
+
     def identity(self) -> list[tuple[str, int, int]]:
         """(name relative to the set, bytes, modification time in ns) per image; changes whenever a file does."""
         rows = []

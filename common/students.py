@@ -240,7 +240,8 @@ class _Model:
             return False
         try:
             with torch.no_grad():
-                vmap(self._call, in_dims=(0, 0, None), randomness="error")(*stack_module_state([self.net] * 2), images)
+                stacks = stack_module_state([self.net] * 2)
+                vmap(self._call, randomness="error")(*stacks, torch.stack([images] * 2))
         except RuntimeError:
             return False
         return True

@@ -30,6 +30,7 @@ Needs torch; copy this file alone.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -138,6 +139,8 @@ class Network:
         if self.norms and config.precision == "bf16":
             raise ValueError("precision='bf16' cannot take a network with BatchNorm; allowed: fp32, mixed")
         self.config, self.device = config, device
+        # Convolutions are fastest in channels_last, but eager norms are not: it pays where a compiler fuses them.
+        self.layout = torch.channels_last if config.compile else torch.contiguous_format
         self.theta: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self.matched: list[str] = []  # names of the parameters whose gradients are compared
@@ -146,9 +149,10 @@ class Network:
         self.match = torch.compile(match, dynamic=False) if config.compile else match
 
     def renew(self, net: nn.Module) -> None:
-        """Take over the weights of a fresh network."""
-        self.theta = {n: p.detach().to(self.device, copy=True).requires_grad_() for n, p in net.named_parameters()}
-        self.buffers = {n: b.to(self.device, copy=True) for n, b in net.named_buffers()}
+        """Take over a copy of the weights of a fresh network."""
+        net = copy.deepcopy(net).to(self.device, memory_format=self.layout)
+        self.theta = {n: p.detach().requires_grad_() for n, p in net.named_parameters()}
+        self.buffers = dict(net.named_buffers())
         self.matched = [n for n, p in self.theta.items() if p.ndim > 1 or self.config.distance != "ours"]
 
     def bf16(self, enabled: bool) -> torch.autocast:
@@ -179,14 +183,18 @@ class Network:
         loss = lambda matched: self._loss({**matched, **others}, buffers, images, labels, weights)  # noqa: E731
         return distance(grad(loss)(matched), real, self.config.distance)
 
+    def cross_entropy(self, images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """The loss of what needs no second derivative: the real side and the training of the network."""
+        with self.bf16(self.config.precision != "fp32"):
+            images = images.contiguous(memory_format=self.layout)
+            return self.loss(self.theta, self.buffers, images, labels, weights)
+
     def real_gradient(self, pieces: Iterable[tuple[Tensor, Tensor]], label: int) -> dict[str, Tensor]:
         """g_T of one class, summed over pieces (images [B, C, H, W], weights [B])."""
         theta = [self.theta[n] for n in self.matched]
         total = [torch.zeros_like(p) for p in theta]
         for images, weights in pieces:
-            labels = torch.full((len(images),), label, device=self.device)
-            with self.bf16(self.config.precision != "fp32"):
-                loss = self.loss(self.theta, self.buffers, images, labels, weights)
+            loss = self.cross_entropy(images, torch.full((len(images),), label, device=self.device), weights)
             for sum_, part in zip(total, torch.autograd.grad(loss, theta), strict=True):
                 sum_ += part
         return dict(zip(self.matched, total, strict=True))
@@ -194,14 +202,13 @@ class Network:
     def synthetic_gradient(self, images: Tensor, labels: Tensor, real: dict) -> tuple[Tensor, Tensor]:
         """images [k, I, C, H, W], labels [k], g_T {name: [k, ...]} -> dD/dX [k, I, C, H, W], D [k] of k classes."""
         theta = {n: p.detach() for n, p in self.theta.items()}
+        images = images.flatten(0, 1).contiguous(memory_format=self.layout).unflatten(0, images.shape[:2])
         with self.bf16(self.config.precision == "bf16"):
             return self.match(images, labels.to(self.device), real, theta, self.buffers)
 
     def step(self, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
         """One training step on images [B, C, H, W]."""
-        with self.bf16(self.config.precision != "fp32"):
-            weights = images.new_full((len(images),), 1 / len(images))
-            loss = self.loss(self.theta, self.buffers, images, labels, weights)
+        loss = self.cross_entropy(images, labels, images.new_full((len(images),), 1 / len(images)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -295,6 +295,8 @@ class Student:
 
     def _composed(self, theta: Tensor, x: Tensor, y: Tensor, low: bool) -> Tensor:
         """The same as a composition of functions: it compiles, but keeps twice the memory where it does not."""
+        if x.dim() == 4:  # the faster layout of convolutions once everything between them is fused
+            x = x.contiguous(memory_format=torch.channels_last)
         return grad(partial(self.loss, low=low))(theta, x, y)
 
     def parts(self, *tensors: Tensor) -> Iterator[tuple]:
@@ -373,6 +375,7 @@ class Gradient(NamedTuple):
 
 
 def seen(images: Tensor, draw: Any, augment: Callable | None) -> Tensor:
+    """A(X): what the network sees of the images."""
     return images if augment is None else augment(images, draw)
 
 
@@ -452,6 +455,8 @@ def gradient_of(config: Config) -> Callable[..., Gradient]:
 
 def take(images: Tensor, rows: Tensor, prepare: Callable[[Tensor], Tensor] | None, device) -> Tensor:
     """Real images by number, as network input on the device."""
+    if prepare is None and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; pass network input as floats, or prepare= that makes it")
     chosen = images[rows.to(images.device)].to(device)
     return chosen if prepare is None else prepare(chosen)
 
@@ -524,19 +529,11 @@ class ExpertState:
 
 
 def train_experts(
-    images: Tensor,
-    labels: Tensor,
-    config: ExpertConfig,
-    *,
-    make_network: Callable[[torch.Generator], nn.Module],
-    prepare: Callable[[Tensor], Tensor] | None = None,
-    augment: Any = None,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    side_by_side: int = 1,
-    state: ExpertState | None = None,
+    images: Tensor, labels: Tensor, config: ExpertConfig, *, make_network: Callable[[torch.Generator], nn.Module],
+    prepare: Callable[[Tensor], Tensor] | None = None, augment: Any = None, generator: torch.Generator,
+    device: torch.device | str = "cpu", side_by_side: int = 1, state: ExpertState | None = None,
     on_step: Callable[[ExpertState], None] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Train experts on real images [N, C, H, W], labels int64 [N] -> trajectories [E, S+1, P] on the CPU.
 
     Snapshot 0 is the fresh network, snapshot s the parameters after epoch s.  side_by_side: experts trained together
@@ -640,7 +637,8 @@ def label_logits(student: Student, trajectories: Sequence[Tensor], images: Tenso
     for theta in last:
         out = torch.cat([student.predict(theta.to(images.device), x) for x in images.split(256)])
         right = (out.argmax(1) == hard)[:, None] | (init != "correct")
-        total, count = total + out * right, count + right
+        weight = torch.where(right, 1.0, 1e-9).to(out)  # not 0: rounding may leave an image without an expert
+        total, count = total + weight * out, count + weight
     return total / count
 
 
@@ -768,12 +766,10 @@ def draw_match(
     return Match(trajectory[t].to(device), trajectory[t + config.expert_epochs].to(device), batches)
 
 
-def _check_inputs(images: Tensor, labels: Tensor, trajectories: Sequence[Tensor], config: Config, prepare) -> None:
+def _check_inputs(labels: Tensor, trajectories: Sequence[Tensor], config: Config) -> None:
     counts = torch.bincount(labels.cpu())
     if int(counts.min()) < config.ipc:
         raise ValueError(f"ipc={config.ipc} is more than the {int(counts.min())} real images of the smallest class")
-    if prepare is None and not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; pass network input as floats, or prepare= that makes it")
     needed = config.max_start + config.expert_epochs
     if not len(trajectories):
         raise ValueError("trajectories are empty; train_experts makes them")
@@ -786,26 +782,18 @@ def _check_inputs(images: Tensor, labels: Tensor, trajectories: Sequence[Tensor]
 
 
 def distill(
-    images: Tensor,
-    labels: Tensor,
-    trajectories: Sequence[Tensor],
-    config: Config,
-    *,
-    make_network: Callable[[torch.Generator], nn.Module],
-    prepare: Callable[[Tensor], Tensor] | None = None,
-    augment: Any = None,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    state: State | None = None,
+    images: Tensor, labels: Tensor, trajectories: Sequence[Tensor], config: Config, *,
+    make_network: Callable[[torch.Generator], nn.Module], prepare: Callable[[Tensor], Tensor] | None = None,
+    augment: Any = None, generator: torch.Generator, device: torch.device | str = "cpu", state: State | None = None,
     on_step: Callable[[State], None] | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Distil real images [N, C, H, W], labels int64 [N] along expert trajectories, each [S+1, P].
 
     make_network: the network of the experts.  augment: `draw(rows, generator, siamese=False)` and `(images, draw)`.
     Returns images [M, C, H, W] (network input), labels int64 [M], lr scalar; soft_labels [M, K] (logits) and
     ema_images where asked for.  FloatingPointError when the loss, the images or alpha leave the usable range.
     """
-    _check_inputs(images, labels, trajectories, config, prepare)
+    _check_inputs(labels, trajectories, config)
     low = config.precision != "fp32", config.precision == "bf16"
     student = Student(make_network(generator), device, low=low, chunk=config.chunk, compile=config.compile)
     if trajectories[0].shape[1] != sum(student.sizes):

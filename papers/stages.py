@@ -384,6 +384,10 @@ class Lab:
         what = f"{network} student, seed {seed}, {recipe.labels} labels, {images.what}"
         return self.stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)
 
+    def run_on(self, setup: Setup | MatchingSetup) -> str:
+        """What a number was made with, to be said beside it."""
+        return matching_stages.run_on(self, setup) if isinstance(setup, MatchingSetup) else setup.run_on
+
     def students(self, cell: Cell, setup: Setup | MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
         """The last stages of a cell: their results hold one accuracy for each seed."""
         if isinstance(setup, MatchingSetup):

@@ -241,6 +241,24 @@ def test_dropout_drops():
     assert train(make_network=without).losses != still.losses
 
 
+def test_what_a_network_draws_depends_on_the_place():
+    """A seed of its own for each (student, pass, batch), the same in every run."""
+
+    class Looks(Drops):
+        def forward(self, x):
+            if self.training:
+                seen.append(torch.initial_seed())
+            return super().forward(x)
+
+    runs = []
+    for _ in range(2):
+        seen = []
+        train(seeds=(0, 1), make_network=own_maker(Looks))
+        runs.append(seen[1:])  # the first call only asks whether the network stacks
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == len(runs[0]) == 2 * 7 * 3
+
+
 # ---------------------------------------------------------------- resume
 
 
@@ -255,7 +273,7 @@ def test_dropout_drops():
         ({"make_network": OWN["dropout"]}, "mixing-2025"),
     ],
 )
-@pytest.mark.parametrize("stop", [1, 4, 5, 7, 9])
+@pytest.mark.parametrize("stop", [1, 5, 7, 9])
 def test_a_killed_run_continues_bit_for_bit(tmp_path, options, protocol, stop):
     """Also around the new optimiser of pass 5, between students and in the second of them."""
     protocol = replace(PROTOCOLS[protocol], epochs=6, batch=8)
