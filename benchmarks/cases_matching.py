@@ -1,4 +1,4 @@
-"""What benchmarks/speed.py measures of the matching methods: an update of each, an epoch of an expert, one of a student.
+"""What benchmarks/speed.py measures of the matching methods: an update of each, an epoch of an expert and of a student.
 
 On real CIFAR-10 where DD_DATA names a folder with it, else on noise of the same shape: the arithmetic is the same.
 """
@@ -143,15 +143,18 @@ STUDENT_IMAGES = 500
 
 def student(form: dict, answer: Callable, device: torch.device) -> None:
     """Epochs of one student on 500 images under DSA, for ever."""
-    images, labels = synthetic(STUDENT_IMAGES // CLASSES, device), torch.arange(STUDENT_IMAGES) // (STUDENT_IMAGES // CLASSES)
+    ipc = STUDENT_IMAGES // CLASSES
+    images, labels = synthetic(ipc, device), torch.arange(CLASSES).repeat_interleave(ipc)
+    protocol = replace(PROTOCOLS["dsa-2021"], epochs=10**6)
     train_students(
-        images, labels, images[:10], labels[:10], make_network=make_network, protocol=replace(PROTOCOLS["dsa-2021"],
-        epochs=10**6), seeds=(0,), augment=DiffAugment(), device=device, on_epoch=answer, **form,
+        images, labels, images[:10], labels[:10], make_network=make_network, protocol=protocol, seeds=(0,),
+        augment=DiffAugment(), device=device, on_epoch=answer, **form,
     )  # fmt: skip
 
 
 def plain_student(answer: Callable, device: torch.device) -> None:
-    images, labels = synthetic(STUDENT_IMAGES // CLASSES, device), torch.arange(STUDENT_IMAGES) // (STUDENT_IMAGES // CLASSES)
+    ipc = STUDENT_IMAGES // CLASSES
+    images, labels = synthetic(ipc, device), torch.arange(CLASSES).repeat_interleave(ipc)
     net, augment, generator = make_network(rng(0)).to(device), DiffAugment(), rng(0)
     draws = (augment.draw(n, generator, siamese=False) for n in itertools.cycle((256, 244)))
     while True:
@@ -215,7 +218,8 @@ CASES = {
         "one epoch of a student on 500 images under DSA's augmentation", plain_student,
         {
             "ours, fp32": Form(functools.partial(student, {})),
-            "ours, bf16": Form(functools.partial(student, {"dtype": torch.bfloat16}), True),
+            "ours, fp32, compiled": Form(functools.partial(student, {"compile": True})),
+            "ours, bf16, compiled": Form(functools.partial(student, {"dtype": torch.bfloat16, "compile": True}), True),
         },
         flops=lambda: 3 * STUDENT_IMAGES * FORWARD,
     ),

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cases_wmdd
+from benchmarks import cases_matching, cases_wmdd
 from benchmarks.case import Case
 from common import cli
 from common.hardware import bf16_is_fast, made, peak_memory
@@ -33,7 +33,7 @@ from common.store import write_atomic
 from common.train import resolve_device
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = {**cases_wmdd.CASES}
+CASES = {**cases_wmdd.CASES, **cases_matching.CASES}
 PLAIN, TUNED = "plain", "plain, tuned allocator"
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # keep freed memory, as run_all.sh does
 

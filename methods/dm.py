@@ -55,7 +55,7 @@ class Config:
     momentum: float = _option(0.5, "momentum of the images", minimum=0, source="main_DM.py")
     batch_real: int = _option(256, "real images per class and step", unit="images", minimum=1, source="main_DM.py")
     init: str = _option("real", "first images: random real ones, or noise", choices=("real", "noise"))
-    chunk: int = _option(0, "images in a pass of the network; 0: 64 on a CPU, else 4096 (with BatchNorm always all)",
+    chunk: int = _option(0, "images in a pass of the network; 0: 32 on a CPU, else 4096 (with BatchNorm always all)",
                          unit="images", minimum=0)  # fmt: skip
     precision: str = _option("fp32", "of the network: mixed takes real images in bf16, bf16 also the synthetic ones",
                              choices=("fp32", "mixed", "bf16"))  # fmt: skip
@@ -231,7 +231,7 @@ def distill(
         state = State(x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format), generator.get_state())
     state.images, state.velocity = state.images.to(device), state.velocity.to(device)
     generator.set_state(state.generator)
-    chunk = config.chunk or (64 if device.type == "cpu" else 4096)
+    chunk = config.chunk or (32 if device.type == "cpu" else 4096)
     block = max(1, chunk // config.ipc)
     if psi.couples_images:
         chunk, block = len(by_class) * config.batch_real, len(by_class)
