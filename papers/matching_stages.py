@@ -84,7 +84,7 @@ def setting_of(lab: Lab, setup: MatchingSetup) -> matching.Setting:
 
 
 def run_on(lab: Lab, setup: MatchingSetup) -> str:
-    """What a number was made with, to be said beside it: CIFAR and SVHN kept as JPEG files are not the published sets."""
+    """What to say beside a number: CIFAR and SVHN kept as JPEG files are not the published sets."""
     lossy = setup.dataset in ("cifar10", "cifar100", "svhn") and "JPEG files" in setting_of(lab, setup).train.note
     return f"{setup.run_on} kept as JPEG files" if lossy else setup.run_on
 
