@@ -17,6 +17,35 @@ BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end o
 
 
 def results(tables: Path) -> str:
+    """All results that the README shows, as Markdown."""
+    return "\n\n".join(filter(None, (wmdd(tables), matching(tables))))
+
+
+def matching(tables: Path) -> str:
+    """Published settings of the matching methods on CIFAR-10, one row a method; empty before the first result."""
+    cells = [c for c in load_cells(tables / "matching" / "paper" / "cells") if c["dataset"] == "CIFAR-10"]
+    if not cells:
+        return ""
+    printed = {(r["dataset"], r["method"], r["ipc"]): r["value"] for r in load_reported(ROOT / "matching/reported.csv")}
+    found = {(c["method"], c["ipc"]): c for c in cells}
+    ipcs = sorted({ipc for _, ipc in found})
+    heads = ["method", *(f"IPC {ipc}, {whose}" for ipc in ipcs for whose in ("ours", "printed"))]
+    lines = ["`paper=matching scale=paper`, ConvNet:", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for method in dict.fromkeys(m for m, _ in found):
+        row = [method]
+        for ipc in ipcs:
+            cell = found.get((method, ipc))
+            name = "Random" if method == RANDOM else method
+            row += [f"{cell['mean']:.1f} ± {cell['std']:.1f}" if cell else "not run"]
+            row += [str(printed.get(("CIFAR-10", name, ipc), "-"))]
+        lines.append("| " + " | ".join(row) + " |")
+    about = sorted({(c["run_on"], c["hardware"], len(c["seeds"])) for c in cells})
+    facts = "; ".join(f"{run_on}, {seeds} students, {hardware}" for run_on, hardware, seeds in about)
+    what = "Top-1 accuracy in percent, last iterate and last epoch, mean ± standard deviation"
+    return "\n".join([*lines, "", f"{what}; {facts}."])
+
+
+def wmdd(tables: Path) -> str:
     """Table 1's ImageNette column at scale small as Markdown: WMDD and random real images, soft and hard labels."""
     cells = [c for c in load_cells(tables / "wmdd" / "small" / "cells") if c["table"] == "table1"]
     reported = load_reported(ROOT / "wmdd" / "reported.csv")
