@@ -28,7 +28,7 @@ from common.students import PROTOCOLS, Protocol, train_students
 
 __all__ = [
     "Setting", "default_network", "distil", "experts", "facts", "preview", "random_subset", "setting", "size_of",
-    "students",
+    "students", "tested_images",
 ]  # fmt: skip
 
 NO_FLIP = ("digits", "mnist", "svhn")  # mirrored digits are other signs: DSA's strategy for them leaves the flip out
@@ -99,7 +99,7 @@ class Setting:
         """A set in network-input space as one that can be kept: pixels and how they become network input."""
         whitening = None if self.zca is None else {"zca_eps": ZCA_EPS, "fitted_on": self.train.fingerprint}
         return DistilledSet(
-            self.pixels(tensors["images"]).contiguous(), tensors["labels"], self.train.classes, self.train.mean,
+            self.pixels(tested_images(tensors)).contiguous(), tensors["labels"], self.train.classes, self.train.mean,
             self.train.std, soft_labels=tensors.get("soft_labels"),
             student_lr=float(tensors["lr"]) if "lr" in tensors else None, whitening=whitening, settings=settings,
         )  # fmt: skip
@@ -185,7 +185,12 @@ def preview(on: Setting, tensors: dict[str, Tensor], ipc: int) -> bytes:
     """A PNG grid of the first ten classes, at most ten images each."""
     classes = min(10, len(on.train.classes))
     shown = torch.cat([torch.arange(k * ipc, k * ipc + min(ipc, 10)) for k in range(classes)])
-    return grid(on.pixels(tensors["images"][shown]), min(ipc, 10))
+    return grid(on.pixels(tested_images(tensors)[shown]), min(ipc, 10))
+
+
+def tested_images(tensors: dict[str, Tensor]) -> Tensor:
+    """The images that students train on: the averaged ones where a method keeps an average (FTD, ATT)."""
+    return tensors.get("ema_images", tensors["images"])
 
 
 def size_of(tensors: dict[str, Tensor]) -> dict:
@@ -224,7 +229,7 @@ def students(
     protocol = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
     with tqdm(desc=f"students, {protocol.name}", unit="epoch", disable=None) as bar:
         found = train_students(
-            tensors["images"], tensors["labels"], on.test.images, on.test.labels, make_network=on.make_network,
+            tested_images(tensors), tensors["labels"], on.test.images, on.test.labels, make_network=on.make_network,
             protocol=protocol, seeds=seeds, prepare=on.prepare, augment=on.augment if protocol.augment else None,
             lr=float(tensors["lr"]) if "lr" in tensors else None, soft_labels=tensors.get("soft_labels"),
             device=on.device, dtype=dtype, checkpoint=Checkpoint(work / "students.safetensors"),

@@ -137,7 +137,8 @@ def run_matching(
         ),
     )  # fmt: skip
     tensors = made.tensors()
-    _keep(on.distilled(tensors, {**facts, "method": name, "config": asdict(config)}), args, name)
+    result = on.distilled(tensors, {**facts, "method": name, "config": asdict(config)})
+    _keep(result, args, getattr(args, "method", name))
     protocol = PROTOCOLS[args.protocol or recipe]
     seeds = range(args.seed, args.seed + args.students)
     tested = store.make(

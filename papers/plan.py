@@ -90,6 +90,8 @@ def load_paper(name: str) -> Paper:
     wanted = {"title", "scales", "cells", "tables", "figures"}
     if not isinstance(content, dict) or set(content) != wanted:
         raise ValueError(f"{path} must have exactly the keys {', '.join(sorted(wanted))}")
+    if set(content["scales"]) != set(SCALES):
+        raise ValueError(f"{path} must have exactly the scales {', '.join(SCALES)}, not {', '.join(content['scales'])}")
     return Paper(name, **{**content, "cells": tuple(content["cells"])})
 
 

@@ -13,7 +13,8 @@ import torch
 from common import matching
 from common.distilled import load
 from common.students import PROTOCOLS
-from papers import runner
+from methods import mtt
+from papers import matching_stages, runner
 from papers.plan import load_paper
 from papers.report import load_reported
 
@@ -69,6 +70,21 @@ def test_published_settings_reach_the_cells():
     mtt = setups["table1/cifar-10/mtt/convnet/1/own"]
     assert mtt.distill["lr_lr"] == 1e-7 and mtt.distill["zca"] is True and mtt.protocol.lr is None
     assert setups["table1/cifar-100/att/convnet/50/own"].distill["iterations"] == 100_000
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+def test_settings_of_every_cell_make_a_config(scale):
+    """What a scale lays over the published settings is allowed by the method and fits its experts."""
+    paper = load_paper("matching")
+    for cell in paper.cells_at(scale):
+        setup = runner.setup_of(paper.scales[scale], cell)
+        method = matching_stages.ALGORITHMS[cell.algorithm]
+        if setup is None or method is None:
+            continue
+        config = method.Config(**setup.distill)
+        if cell.algorithm in mtt.TABLES:
+            assert config.max_start - 1 + config.expert_epochs <= config.train_epochs, cell.id
+        assert setup.protocol.labels == ("soft" if cell.method == "DATM" else "hard")
 
 
 def test_printed_numbers():

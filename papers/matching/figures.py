@@ -8,6 +8,7 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
+from common.matching import tested_images
 from papers import drawing
 from papers.matching_stages import setting_of
 from papers.report import RANDOM
@@ -32,7 +33,7 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
     shown = torch.linspace(0, len(first.train.classes) - 1, min(classes, len(first.train.classes))).long()
     figure, axes = drawing.axes_of(0.75 * len(shown) + 1, 0.8 * len(found) + 0.3, len(found), len(shown))
     for row, (planned, made) in enumerate(found):
-        pixels = setting_of(run.lab, planned.setup).pixels(made.tensors()["images"][shown])
+        pixels = setting_of(run.lab, planned.setup).pixels(tested_images(made.tensors())[shown])
         for column, image in enumerate(pixels):
             drawing.show_image(axes[row, column], image.expand(3, -1, -1))
         method = "random real" if planned.cell.method == RANDOM else planned.cell.method
