@@ -25,7 +25,7 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
     for dataset in dict.fromkeys(p.cell.dataset for p in cells):
         found = [(p, drawing.entry(run, p, "distill")) for p in cells if p.cell.dataset == dataset]
         found = [(p, made) for p, made in found if made is not None]
-        if found:
+        if any(p.cell.method != RANDOM for p, _ in found):
             break
     else:
         return None
