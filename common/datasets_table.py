@@ -15,6 +15,8 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # nam
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),  # DC, DSA, DM
     "cifar100-edc": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),  # DWA for CIFAR-100, EDC for both CIFAR sets
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),  # DC, DSA, DM
+    "mnist": ((0.1307,) * 3, (0.3081,) * 3),  # DC, DSA, DM
+    "fashion-mnist": ((0.2861,) * 3, (0.3530,) * 3),  # DC, DSA, DM
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
@@ -72,6 +74,23 @@ INFO: dict[str, DataInfo] = {
         channels=3,
         note="Netzer 2011, train and test parts without the extra part",
         source="load with download=True, or put {train,test}_32x32.mat (ufldl.stanford.edu/housenumbers) there",
+    ),
+    "mnist": DataInfo(
+        classes=10,
+        counts={"published": (60_000, 10_000)},
+        size=28,
+        channels=1,
+        note="LeCun 1998",
+        source="write the images as mnist/{train,test}/<class>/<image>.png there (yann.lecun.com/exdb/mnist)",
+    ),
+    "fashion-mnist": DataInfo(
+        classes=10,
+        counts={"published": (60_000, 10_000)},
+        size=28,
+        channels=1,
+        note="Xiao 2017",
+        source="write the images as fashion-mnist/{train,test}/<class>/<image>.png there "
+        "(github.com/zalandoresearch/fashion-mnist)",
     ),
     "tiny-imagenet": DataInfo(
         classes=200,

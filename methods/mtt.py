@@ -169,7 +169,7 @@ METHODS: dict[str, dict] = {
     "att": {"method": "att", "select": "nearest", "expert_batch": 512},  # 512: default of its released code
     "datm": {
         "method": "datm", "labels": "soft", "init": "correct", "threshold": 1.0, "iterations": 10_000,
-        "student_lr": 0.01, "rho": 0.01, "gap": 0.3, "train_epochs": 100,
+        "student_lr": 0.01, "rho": 0.01, "gap": 0.3, "train_epochs": 100, "zca": True,
     },
 }  # fmt: skip
 
@@ -681,7 +681,7 @@ class State:
     def update(self, gradient: Gradient, config: Config) -> None:
         """SGD with momentum on images, alpha and label logits; nothing moves where the loss is above the threshold."""
         self.loss = float(gradient.loss)
-        if config.threshold and self.loss > config.threshold:
+        if config.threshold and not self.loss <= config.threshold:  # a loss that is not finite is left out, too
             self.skipped += 1
             return
         self.images_velocity = config.momentum * self.images_velocity + gradient.images
@@ -699,7 +699,8 @@ class State:
     def check(self, config: Config) -> None:
         """FloatingPointError where the run cannot go on."""
         facts = f"at iteration {self.step} (lr={config.lr}, lr_lr={config.lr_lr}, student lr {float(self.lr):.3g})"
-        if not (math.isfinite(self.loss) and self.images.isfinite().all() and self.lr.isfinite()):
+        bad = not math.isfinite(self.loss) and not config.threshold
+        if bad or not (self.images.isfinite().all() and self.lr.isfinite()):
             raise FloatingPointError(
                 f"the trajectory loss is {self.loss} or the images are not finite {facts}; the last good state is "
                 "kept; try a smaller lr or lr_lr"

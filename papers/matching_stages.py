@@ -55,9 +55,10 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     if data is None or cell.ipc in data.get("leave_out", ()):
         return None
     by_ipc, by_method = data.get("by_ipc", {}).get(cell.ipc, {}), scale.get("methods", {}).get(cell.algorithm, {})
-    layers = [scale, data, by_ipc, by_method]
+    layers = [scale, data, by_ipc, by_method, by_method.get("by_ipc", {}).get(cell.ipc, {})]
     distill = merged(_published(cell, data["dataset"]), *(x.get("distill") for x in layers), cell.distill)
-    protocol = replace(PROTOCOLS[OWN_PROTOCOL[cell.algorithm]], **merged(*(x.get("student") for x in layers)))
+    student = merged(*(x.get("student") for x in layers), cell.student)
+    protocol = replace(PROTOCOLS[OWN_PROTOCOL[cell.algorithm]], **student)
     size = data.get("size", 0)
     network = scale.get("networks", {}).get(cell.arch, "")
     return MatchingSetup(data["dataset"], size, network, data["run_on"], protocol, distill | {"ipc": cell.ipc})
@@ -68,7 +69,8 @@ def _published(cell: Cell, dataset: str) -> dict:
     if method is None:
         return {}
     if method is mtt:
-        return merged(mtt.METHODS[cell.algorithm], mtt.TABLES[cell.algorithm].get((dataset, cell.ipc)))
+        row = mtt.TABLES[cell.algorithm].get((dataset, cell.ipc))
+        return merged({"zca": mtt.Config.zca}, mtt.METHODS[cell.algorithm], row)
     return merged(*(method.PUBLISHED.get((dataset, ipc)) for ipc in (None, cell.ipc)))
 
 

@@ -37,7 +37,7 @@ def matching(tables: Path) -> str:
             cell = found.get((method, ipc))
             name = "Random" if method == RANDOM else method
             row += [f"{cell['mean']:.1f} ± {cell['std']:.1f}" if cell else "not run"]
-            row += [str(printed.get(("CIFAR-10", name, ipc), "-"))]
+            row += [str(printed.get(("CIFAR-10", name, ipc), "-")) + ", other protocol" * (method == RANDOM)]
         lines.append("| " + " | ".join(row) + " |")
     about = sorted({(c["run_on"], c["hardware"], len(c["seeds"])) for c in cells})
     facts = "; ".join(f"{run_on}, {seeds} students, {hardware}" for run_on, hardware, seeds in about)

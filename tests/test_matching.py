@@ -82,6 +82,7 @@ def test_settings_of_every_cell_make_a_config(scale):
         if setup is None or method is None:
             continue
         config = method.Config(**setup.distill)
+        assert bool(setup.distill.get("zca", False)) == getattr(config, "zca", False), cell.id
         if cell.algorithm in mtt.TABLES:
             assert config.max_start - 1 + config.expert_epochs <= config.train_epochs, cell.id
         assert setup.protocol.labels == ("soft" if cell.method == "DATM" else "hard")
