@@ -36,13 +36,19 @@ def matching(tables: Path) -> str:
         for ipc in ipcs:
             cell = found.get((method, ipc))
             name = "Random" if method == RANDOM else method
-            row += [f"{cell['mean']:.1f} ± {cell['std']:.1f}" if cell else "not run"]
+            row += [spread(cell) if cell else "not run"]
             row += [str(printed.get(("CIFAR-10", name, ipc), "-")) + ", other protocol" * (method == RANDOM)]
         lines.append("| " + " | ".join(row) + " |")
-    about = sorted({(c["run_on"], c["hardware"], len(c["seeds"])) for c in cells})
-    facts = "; ".join(f"{run_on}, {seeds} students, {hardware}" for run_on, hardware, seeds in about)
-    what = "Top-1 accuracy in percent, last iterate and last epoch, mean ± standard deviation"
+    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
+    what = "Top-1 accuracy in percent, last iterate and last epoch, mean ± standard deviation (students)"
     return "\n".join([*lines, "", f"{what}; {facts}."])
+
+
+def spread(cell: dict) -> str:
+    """Mean, deviation and number of students; one student has no deviation."""
+    if len(cell["seeds"]) == 1:
+        return f"{cell['mean']:.1f} (1)"
+    return f"{cell['mean']:.1f} ± {cell['std']:.1f} ({len(cell['seeds'])})"
 
 
 def wmdd(tables: Path) -> str:
