@@ -310,9 +310,14 @@ class _Group:
     def _logits(self, x: Tensor, epoch: int, batch: int) -> Tensor:
         if len(self.seeds) > 1:
             return self.model(self.params, self.buffers, x, len(self.seeds))
-        cuda = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda):  # what a network draws itself (dropout) also depends on the place alone
-            torch.manual_seed(rng(self.seeds[0], "network", epoch, batch).initial_seed())
+        device, seed = self.model.device, rng(self.seeds[0], "network", epoch, batch).initial_seed()
+        cuda = [device] if device.type == "cuda" else []
+        # Dropout takes no generator, so its draws are seeded here; the global state is put back afterwards.
+        with torch.random.fork_rng(cuda):
+            torch.default_generator.manual_seed(seed)
+            if cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             return self.model(self.params, self.buffers, x, 1)
 
     def check(self, epoch: int) -> None:
