@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["bf16_is_fast", "commit", "hardware", "made", "peak_memory", "versions"]
+__all__ = ["bf16_is_fast", "commit", "hardware", "made", "peak_memory", "recorded", "versions"]
 
 PACKAGES = ("torch", "torchvision", "timm", "POT", "numpy", "scikit-learn")
 
@@ -92,6 +92,18 @@ def peak_memory(device: torch.device):
         yield peak
     finally:
         peak[0] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+
+
+def recorded(build, device: torch.device):
+    """`build(work) -> Product` with where it was made and its memory peak in the product's facts."""
+
+    def measured(work: Path):
+        with peak_memory(device) as peak:
+            product = build(work)
+        product.meta |= {"peak_memory_bytes": peak[0], "made": made(device)}
+        return product
+
+    return measured
 
 
 def _resident_peak() -> int:

@@ -19,7 +19,7 @@ from common import cli, matching, networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, info, load
 from common.distilled import DistilledSet, grid
-from common.hardware import bf16_is_fast, hardware
+from common.hardware import bf16_is_fast, hardware, recorded
 from common.store import Checkpoint, Product, Store, write_atomic
 from common.students import PROTOCOLS
 from common.train import Online, Recipe, accuracy, fit, precision_name, resolve_device, resolve_precision
@@ -127,13 +127,19 @@ def run_matching(
         expert_config = expert_class.of(config)
         entry = store.make(
             "experts", {**facts, "config": asdict(expert_config)}, inputs,
-            lambda work: matching.experts(work, on, expert_config, train_experts, restore_experts, args.seed),
+            recorded(
+                lambda work: matching.experts(work, on, expert_config, train_experts, restore_experts, args.seed),
+                device,
+            ),
         )  # fmt: skip
         arguments, inputs = [list(entry.tensors().values())], (*inputs, entry.key)
     made = store.make(
         "distill", {**facts, "method": name, "config": asdict(config)}, inputs,
-        lambda work: matching.distil(
-            work, on, config, distill, restore, args.seed, *arguments, augmented=augmented
+        recorded(
+            lambda work: matching.distil(
+                work, on, config, distill, restore, args.seed, *arguments, augmented=augmented
+            ),
+            device,
         ),
     )  # fmt: skip
     tensors = made.tensors()
@@ -143,7 +149,7 @@ def run_matching(
     seeds = range(args.seed, args.seed + args.students)
     tested = store.make(
         "students", {**facts, "protocol": asdict(protocol), "seeds": list(seeds)}, (made.key, on.test.fingerprint),
-        lambda work: matching.students(work, on, tensors, protocol, seeds),
+        recorded(lambda work: matching.students(work, on, tensors, protocol, seeds), device),
     )  # fmt: skip
     found = tested.meta["accuracies"]
     spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
@@ -184,9 +190,12 @@ def run_with_teacher(
         "teacher",
         teachers.settings(args.dataset, args.network, size, recipe, args.seed, precision_name(dtype)),
         (train.fingerprint, test.fingerprint),
-        lambda work: teachers.train(
-            work, train, test_views, test.labels, network=args.network, size=size, recipe=recipe, seed=args.seed,
-            precision=args.precision, device=device,
+        recorded(
+            lambda work: teachers.train(
+                work, train, test_views, test.labels, network=args.network, size=size, recipe=recipe, seed=args.seed,
+                precision=args.precision, device=device,
+            ),
+            device,
         ),
     )  # fmt: skip
     teacher = teachers.restore(entry.tensors(), args.network, len(train.classes), size).to(device)

@@ -20,7 +20,7 @@ from common import networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, load
 from common.distilled import grid
-from common.hardware import made, peak_memory
+from common.hardware import recorded
 from common.store import Checkpoint, Entry, Product, Store
 from common.train import (
     Online,
@@ -159,15 +159,8 @@ class Lab:
 
     def stage(self, name: str, settings: dict, inputs: tuple, build, flops: float, what: str, *needs: Stage) -> Stage:
         """A stage that records where it was made, and its memory peak; inputs: fingerprints, or stages."""
-
-        def measured(work: Path) -> Product:
-            with peak_memory(self.device) as peak:
-                product = build(work)
-            product.meta |= {"peak_memory_bytes": peak[0], "made": made(self.device)}
-            return product
-
         names = tuple(self.key(i) if isinstance(i, Stage) else i for i in inputs)
-        return Stage(name, settings, names, measured, flops, what, needs)
+        return Stage(name, settings, names, recorded(build, self.device), flops, what, needs)
 
     def key(self, stage: Stage) -> str:
         return self.store.key(stage.name, stage.settings, stage.inputs)
