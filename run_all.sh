@@ -119,7 +119,7 @@ run_paper() {
 case ${1-} in
     help | --help | -h) usage ;;
     '') usage >&2; exit 2 ;;
-    tests) prepare; exec "$python" -m pytest "${@:2}" ;;
+    tests) prepare; exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile "${@:2}" ;;
     python) prepare; cd "$called_from"; exec "$python" "${@:2}" ;;
     *) run_paper "$@" ;;
 esac

@@ -12,8 +12,8 @@ from benchmarks import plain_wmdd
 from benchmarks.case import Case, Form
 from common import networks
 from common.augment import rng
+from common.networks import forward_flops
 from methods import wmdd
-from papers.stages import forward_flops
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OURS = {  # form -> settings

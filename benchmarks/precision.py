@@ -26,9 +26,11 @@ from common import cli, networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, load
 from common.distilled_set import to_uint8
-from common.hardware import made
+from common.hardware import made, resolve_device, resolve_precision
+from common.labels import Online
 from common.store import write_atomic
-from common.train import Online, Recipe, accuracy, fit, normalise, resolve_device, resolve_precision
+from common.train import accuracy, fit
+from common.views import Recipe, normalise
 from methods import wmdd
 
 PRECISIONS = ("fp32", "bf16")

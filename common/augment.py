@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "ZCA", "DiffAugment", "Draw", "apply_cutmix", "crop_resize", "cutmix_box", "random_boxes", "resample_matrix", "rng",
+    "shuffle_patches",
 ]  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def rng(*path: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-# --- begin shared block: resample_matrix (copied in methods/wmdd.py; a test keeps the copies equal) ---
+# --- begin shared block: resample_matrix (a test keeps its copies equal) ---
 def resample_matrix(start: Tensor, length: Tensor, out: int, size: int) -> Tensor:
     """Rows that crop [start, start + length) from `size` pixels and resize it to `out` pixels.
 
@@ -47,6 +48,7 @@ def resample_matrix(start: Tensor, length: Tensor, out: int, size: int) -> Tenso
 # --- end shared block ---
 
 
+# --- begin shared block: boxes (a test keeps its copies equal) ---
 def random_boxes(
     sizes: Tensor, generator: torch.Generator, scale: tuple[float, float] = (0.08, 1.0), ratio=(3 / 4, 4 / 3)
 ) -> Tensor:
@@ -71,12 +73,15 @@ def random_boxes(
     none = ~fits.any(1)
     h, w = torch.where(none, fallback_h, h), torch.where(none, fallback_w, w)
     place = torch.rand(len(sizes), 2, generator=generator, dtype=torch.float64)
-    place = torch.where(none[:, None], torch.full_like(place, 0.5), place)
-    top = (place[:, 0] * (height - h + 1)).floor()
-    left = (place[:, 1] * (width - w + 1)).floor()
+    top = torch.where(none, (height - h) / 2, place[:, 0] * (height - h + 1)).floor()
+    left = torch.where(none, (width - w) / 2, place[:, 1] * (width - w + 1)).floor()
     return torch.stack([top, left, h, w], 1).long()
 
 
+# --- end shared block ---
+
+
+# --- begin shared block: crop_resize (a test keeps its copies equal) ---
 def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """Cut `boxes` out of `images`, resize them to size x size and flip where asked.
 
@@ -96,6 +101,22 @@ def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tenso
     cols = resample_matrix(boxes[:, 1], boxes[:, 3], size, images.shape[3])  # [B, size, W]
     cols = torch.where(flip[:, None, None], cols.flip(1), cols)
     return rows[:, None] @ images.float() @ cols[:, None].transpose(-1, -2)
+
+
+# --- end shared block ---
+
+
+def shuffle_patches(images: Tensor, factor: int, generator: torch.Generator) -> Tensor:
+    """Cut each image into `factor` columns and permute them, then the same with rows: [B, C, H, W] -> same shape.
+
+    Every image has its own two permutations (RDED's patch shuffle: 4 arrangements for factor 2, not 24).
+    """
+    for dim in (3, 2):
+        strips = torch.arange(images.shape[dim]).tensor_split(factor)
+        order = [torch.cat([strips[i] for i in torch.randperm(factor, generator=generator)]) for _ in images]
+        index = torch.stack(order).to(images.device)[:, None]  # [B, 1, side]
+        images = images.gather(dim, index.unsqueeze(5 - dim).expand_as(images))
+    return images
 
 
 def cutmix_box(size: int, generator: torch.Generator) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Where a result was made: versions, processor or GPU, commit, and the memory peak of a stage."""
+"""The device of a run and its precision, and where a result was made: versions, processor, commit, memory peak."""
 
 from __future__ import annotations
 
@@ -12,9 +12,40 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["bf16_is_fast", "commit", "hardware", "made", "peak_memory", "recorded", "versions"]
+__all__ = [
+    "autocast", "bf16_is_fast", "commit", "hardware", "made", "peak_memory", "precision_name", "recorded",
+    "resolve_device", "resolve_precision", "versions",
+]  # fmt: skip
 
 PACKAGES = ("torch", "torchvision", "timm", "POT", "numpy", "scikit-learn")
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+        raise ValueError(f"device={device!r} is unknown; allowed: auto, cpu, cuda, cuda:N")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r} was asked for, but this PyTorch sees no CUDA device; use device=cpu")
+    return torch.device(device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the device multiplies it in hardware, else fp32 (benchmarks/precision.py: the study)."""
+    table = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if precision != "auto" and precision not in table:
+        raise ValueError(f"precision={precision!r} is unknown; allowed: auto, {', '.join(table)}")
+    return table.get(precision, torch.bfloat16 if bf16_is_fast(device) else torch.float32)
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The name of a resolved precision, as it stands in settings."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def versions() -> dict[str, str]:

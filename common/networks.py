@@ -12,6 +12,7 @@ matching literature from `networks_small`.  A ConvNet takes its variations in th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from functools import partial
@@ -19,11 +20,12 @@ from functools import partial
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import networks_small as small
 from common.networks_small import ConvNet, InstanceNorm
 
-__all__ = ["ConvNet", "InstanceNorm", "count_parameters", "make", "names"]
+__all__ = ["ConvNet", "InstanceNorm", "count_parameters", "forward_flops", "make", "names"]
 
 
 def _resnet(depth: int, stem: str, classes: int, size: int, channels: int) -> nn.Module:
@@ -87,6 +89,7 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     "vgg11-bn": partial(small.vgg11, norm="batch"),
     "resnet18-instance": small.resnet18,
     "resnet18-bn": partial(small.resnet18, norm="batch"),
+    **{f"resnet18-bn-w{w}": partial(small.resnet18, norm="batch", slim=w) for w in (8, 16)},
     "resnet18-ap-instance": partial(small.resnet18, average=True),
     "resnet18-ap-bn": partial(small.resnet18, average=True, norm="batch"),
     **{f"resnet{d}-dcbench": partial(_dcbench, d) for d in (18, 152)},
@@ -139,3 +142,12 @@ def make(name: str, *, classes: int, size: int, generator: torch.Generator, chan
 
 def count_parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
+
+
+@functools.cache
+def forward_flops(network: str, size: int) -> float:
+    """Floating-point operations of one image's forward pass (two per multiply-add), counted on a real network."""
+    net = make(network, classes=10, size=size, generator=torch.Generator()).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 3, size, size))
+    return float(counter.get_total_flops())

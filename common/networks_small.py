@@ -188,15 +188,20 @@ class _Block(nn.Module):
         return torch.relu(self.path(x) + self.shortcut(x))
 
 
-def resnet18(classes: int, size: int, channels: int, norm: str = "instance", average: bool = False) -> SmallNet:
-    """ResNet-18 with a 3x3 stem and no max pool; average: the "AP" form, whose classifier sees the whole 4x4 map."""
+def resnet18(
+    classes: int, size: int, channels: int, norm: str = "instance", average: bool = False, slim: int = 64
+) -> SmallNet:
+    """ResNet-18 with a 3x3 stem and no max pool; average: the "AP" form, whose classifier sees the whole 4x4 map.
+
+    slim: channels of the first stage, 64 in the papers; a smoke run takes fewer.
+    """
     make_norm, least = _choose("norm", norm, NORMS), 16 if average else 9
     if size < least and norm == "instance":  # the last map has one pixel, and its norm would wipe out the image
         raise ValueError(f"size={size} is too small for resnet18 with instance norm: {least} is the least")
-    layers = [nn.Conv2d(channels, 64, 3, _stride(size), 1, bias=False), make_norm(64, 0), nn.ReLU(inplace=True)]
-    before = 64
-    for width, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
-        layers.append(_Block(before, width, stride, make_norm, average))
-        before = width
+    layers = [nn.Conv2d(channels, slim, 3, _stride(size), 1, bias=False), make_norm(slim, 0), nn.ReLU(inplace=True)]
+    before = slim
+    for times, stride in ((1, 1), (1, 1), (2, 2), (2, 1), (4, 2), (4, 1), (8, 2), (8, 1)):
+        layers.append(_Block(before, times * slim, stride, make_norm, average))
+        before = times * slim
     layers.append(nn.Identity() if average else nn.AdaptiveAvgPool2d(1))
     return _classified("resnet18", nn.Sequential(*layers), classes, size, channels)

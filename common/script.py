@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics as stats
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from common import cli, matching, networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, info, load
 from common.distilled import DistilledSet, grid
-from common.hardware import bf16_is_fast, hardware, recorded
+from common.hardware import bf16_is_fast, hardware, precision_name, recorded, resolve_device, resolve_precision
+from common.labels import Online
 from common.store import Checkpoint, Product, Store, write_atomic
 from common.students import PROTOCOLS
-from common.train import Online, Recipe, accuracy, fit, precision_name, resolve_device, resolve_precision
+from common.train import accuracy, fit
+from common.views import Recipe, normalise
 
 __all__ = ["run_matching", "run_with_teacher"]
 
@@ -169,11 +172,15 @@ def run_with_teacher(
     published: Mapping,
     restore: Callable[[dict], object],
     distill: Callable,
+    *,
+    native: bool = False,
+    student: Callable[[str, int, str, int, int], Mapping] = lambda *_: {},
 ) -> None:
     """Parse, train or read the teacher, distil (resumable), save, train one student and print its accuracy.
 
     published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of
-    the method.  distill: the method's function.
+    the method.  distill: the method's function; native: it cuts its own views from whole images (`size`, `sizes`).
+    student: (dataset, classes, network, size, ipc) -> fields of the student's recipe that are the method's own.
     """
     args, config, device = _parse(argv, name, WithTeacher, config_class, published)
     dtype = resolve_precision(args.precision, device)
@@ -186,6 +193,9 @@ def run_with_teacher(
     size = args.size or min(224, native_size(args.dataset, train))
     views, test_views = train.center(size), test.center(size)
     recipe = replace(teachers.WMDD_TEACHER, epochs=args.teacher_epochs)
+    own = student(args.dataset, len(train.classes), args.network, size, args.ipc)
+    batch = min(100, max(10, args.ipc * len(train.classes)))
+    taught = Recipe(**{"batch": batch, **own, "epochs": args.student_epochs})
     entry = store.make(
         "teacher",
         teachers.settings(args.dataset, args.network, size, recipe, args.seed, precision_name(dtype)),
@@ -201,6 +211,11 @@ def run_with_teacher(
     teacher = teachers.restore(entry.tensors(), args.network, len(train.classes), size).to(device)
     print(f"teacher: {entry.meta['accuracy']:.2f} % on {len(test)} test images", flush=True)
 
+    rows = torch.linspace(0, len(train) - 1, min(200, len(train))).long()
+    seen = normalise(views[rows].to(device), train.mean, train.std)
+    teachers.check(teacher, seen, train.labels[rows], train.classes)
+    if native:
+        views, distill = train.images, partial(distill, size=size, sizes=train.sizes)
     made = store.make(
         name,
         {"config": asdict(config), "size": size, "seed": args.seed},
@@ -214,9 +229,7 @@ def run_with_teacher(
         settings=facts,
     )  # fmt: skip
     _keep(result, args, name)
-    top1 = student_accuracy(
-        result, teacher, args.network, args.student_epochs, args.seed, test_views, test, device, dtype
-    )
+    top1 = student_accuracy(result, teacher, args.network, taught, args.seed, test_views, test, device, dtype)
     print(f"student: {top1:.2f} % on {len(test)} test images (last epoch, soft labels of the teacher)")
 
 
@@ -247,12 +260,11 @@ def _distilled(work: Path, config, train: Dataset, views: Tensor, teacher, seed:
 
 
 def student_accuracy(
-    distilled: DistilledSet, teacher, network: str, epochs: int, seed: int, test_views: Tensor, test: Dataset,
+    distilled: DistilledSet, teacher, network: str, recipe: Recipe, seed: int, test_views: Tensor, test: Dataset,
     device: torch.device, dtype: torch.dtype,
 ) -> float:  # fmt: skip
     """Top-1 accuracy (percent) of one student trained on the set with the teacher's labels, recomputed at each step."""
     size = distilled.images.shape[-1]
-    recipe = Recipe(epochs=epochs, batch=min(100, max(10, len(distilled.labels))))
     data = Dataset(
         "distilled", distilled.uint8(), distilled.labels, distilled.classes, distilled.mean, distilled.std, None, ""
     ).to(device)

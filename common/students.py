@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from common.augment import DiffAugment, rng
+from common.hardware import autocast
 from common.store import Checkpoint
-from common.train import autocast
 
 __all__ = ["PROTOCOLS", "Protocol", "Students", "train_students"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,16 +12,30 @@ from torch import Tensor, nn
 from common import networks
 from common.augment import rng
 from common.datasets import Dataset, Stream
+from common.hardware import resolve_precision
 from common.store import Checkpoint, Product
-from common.train import Recipe, accuracy, fit, resolve_precision
+from common.train import accuracy, fit
+from common.views import Recipe
 
-__all__ = ["WMDD_TEACHER", "restore", "settings", "train"]
+__all__ = ["CIFAR_TEACHER", "RECIPES", "TINY_TEACHER", "WMDD_TEACHER", "check", "restore", "settings", "train"]
 
 # WMDD, pretrain defaults: SGD 0.025, momentum 0.9, decay 1e-4 on all parameters, batch 32, 50 epochs, cosine to 0.
 WMDD_TEACHER = Recipe(
     name="wmdd-teacher", epochs=50, batch=32, optimizer="sgd", lr=0.025, weight_decay=1e-4, decay_all=True,
     labels="hard", crop=0.08, cutmix=False,
 )  # fmt: skip
+
+# SRe2L, squeeze of CIFAR: SGD 0.1, decay 5e-4, batch 128, 200 epochs, cosine to 0, crops of 4 padded pixels.
+CIFAR_TEACHER = Recipe(
+    name="cifar-teacher", epochs=200, batch=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, decay_all=True,
+    labels="hard", crop=1.0, pad=4, cutmix=False,
+)  # fmt: skip
+# SRe2L, squeeze of Tiny-ImageNet at 64 px: SGD 0.2, decay 1e-4, batch 256, 50 epochs, five of them warm-up.
+TINY_TEACHER = Recipe(
+    name="tiny-teacher", epochs=50, batch=256, optimizer="sgd", lr=0.2, warmup=5, weight_decay=1e-4, decay_all=True,
+    labels="hard", crop=0.08, cutmix=False,
+)  # fmt: skip
+RECIPES = {"wmdd": WMDD_TEACHER, "cifar": CIFAR_TEACHER, "tiny": TINY_TEACHER}
 
 
 def settings(dataset: str, network: str, size: int, recipe: Recipe, seed: int, precision: str) -> dict:
@@ -39,15 +54,15 @@ def train(
 
     The last epoch is kept; meta holds its test accuracy (percent) and the loss of every epoch.
     """
-    classes, dtype, losses = len(data.classes), resolve_precision(precision, device), []
+    classes, dtype, history = len(data.classes), resolve_precision(precision, device), []
     net = networks.make(network, classes=classes, size=size, generator=rng(seed, "teacher"))
     fit(
         net, data, recipe, size=size, seed=seed, device=device, dtype=dtype,
-        checkpoint=Checkpoint(work / "state.safetensors"),
-        on_epoch=lambda epoch, _, loss: losses.append([epoch, loss]), description=f"teacher {network}",
+        checkpoint=Checkpoint(work / "state.safetensors"), history=history, description=f"teacher {network}",
     )  # fmt: skip
     top1 = accuracy(net, test_images, test_labels, data, device=device, dtype=dtype)
-    meta = {"network": network, "classes": list(data.classes), "size": size, "accuracy": top1, "losses": losses}
+    meta = {"network": network, "classes": list(data.classes), "size": size, "accuracy": top1}
+    meta["losses"] = [row[:2] for row in history]
     return Product({k: v.cpu() for k, v in net.state_dict().items()}, meta)
 
 
@@ -68,3 +83,18 @@ def restore(tensors: dict[str, Tensor], network: str, classes: int, size: int) -
             )
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
+
+
+def check(net: nn.Module, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """ValueError where a teacher is near chance on real training images, normalised [B, C, S, S], labels [B].
+
+    The most frequent cause is a teacher that was trained with the classes in another order.
+    """
+    with torch.inference_mode():
+        right = (net(images).argmax(1) == labels.to(images.device)).double().mean().item()
+    if right < 2 / len(classes):
+        raise ValueError(
+            f"the teacher recognises {100 * right:.1f} % of {len(images)} real training images, near the"
+            f" {100 / len(classes):.3g} % of guessing: is its class order that of the data ({classes[0]},"
+            f" {classes[min(1, len(classes) - 1)]}, ...) and its normalisation the same?"
+        )

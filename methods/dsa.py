@@ -110,7 +110,7 @@ PUBLISHED: dict[tuple[str, int | None], dict] = {
 }
 
 
-# --- begin shared block: distance (copied in methods/dc.py; a test keeps the copies equal) ---
+# --- begin shared block: distance (a test keeps its copies equal) ---
 def distance(synthetic: dict[str, Tensor], real: dict[str, Tensor], kind: str = "ours") -> Tensor:
     """D(g_S, g_T) of one class: gradients {name: [rows, ...]} -> scalar."""
     if kind == "ours":
@@ -127,7 +127,7 @@ def _rows(a: Tensor, b: Tensor) -> Tensor:
 # --- end shared block ---
 
 
-# --- begin shared block: network (copied in methods/dc.py; a test keeps the copies equal) ---
+# --- begin shared block: network (a test keeps its copies equal) ---
 class Network:
     """The random network of an iteration: parameters theta and buffers as tensors, run through one template module.
 
@@ -219,7 +219,7 @@ class Network:
 # --- end shared block ---
 
 
-# --- begin shared block: real (copied in methods/dc.py; a test keeps the copies equal) ---
+# --- begin shared block: real (a test keeps its copies equal) ---
 class Real:
     """The real images by class, as network input on `device`."""
 
@@ -265,7 +265,7 @@ class Real:
 # --- end shared block ---
 
 
-# --- begin shared block: state (copied in methods/dc.py; a test keeps the copies equal) ---
+# --- begin shared block: state (a test keeps its copies equal) ---
 @dataclass
 class State:
     """Where a run stands after `step` iterations; `tensors()` is all that is needed to continue it bit for bit."""

@@ -92,6 +92,7 @@ PUBLISHED: dict[tuple[str, int | None], dict] = {
 # ---------------------------------------------------------------- looking into a teacher
 
 
+# --- begin shared block: teacher (a test keeps its copies equal) ---
 def classifier_of(net: nn.Module) -> nn.Linear:
     """The last linear layer; what enters it is the feature f_e(x)."""
     linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
@@ -106,6 +107,9 @@ def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
     if not layers:
         raise ValueError(f"the teacher {type(net).__name__} has no BatchNorm2d layer to match statistics of")
     return layers
+
+
+# --- end shared block ---
 
 
 def main_path(net: nn.Module) -> list[nn.BatchNorm2d]:
@@ -138,6 +142,7 @@ def probe(
             hook.remove()
 
 
+# --- begin shared block: moments (a test keeps its copies equal) ---
 def power_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of values and of squares over the middle dimension: [G, n, C] -> two [G, C], float32 at least.
 
@@ -179,6 +184,9 @@ class _Moments(torch.autograd.Function):
         shift = grad_mean / rows.shape[1] - mean * scale
         grad = torch.addcmul(shift[:, None].to(rows.dtype), rows, scale[:, None].to(rows.dtype))
         return grad.reshape(ctx.shape).permute(0, 3, 1, 2), None
+
+
+# --- end shared block ---
 
 
 def group_moments(x: Tensor, groups: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -393,7 +401,7 @@ def barycenters(stats: Statistics, config: Config, generator: torch.Generator) -
 # ---------------------------------------------------------------- recover
 
 
-# --- begin shared block: resample_matrix (copied in common/augment.py; a test keeps the copies equal) ---
+# --- begin shared block: resample_matrix (a test keeps its copies equal) ---
 def resample_matrix(start: Tensor, length: Tensor, out: int, size: int) -> Tensor:
     """Rows that crop [start, start + length) from `size` pixels and resize it to `out` pixels.
 
@@ -412,6 +420,7 @@ def resample_matrix(start: Tensor, length: Tensor, out: int, size: int) -> Tenso
 # --- end shared block ---
 
 
+# --- begin shared block: view (a test keeps its copies equal) ---
 class View(NamedTuple):
     """One crop, flip and roll shared by a whole batch, in pixels."""
 
@@ -424,17 +433,17 @@ class View(NamedTuple):
     right: int
 
 
-def random_view(size: int, jitter: int, crop: bool, generator: torch.Generator) -> View:
+def random_view(size: int, least: float | None, roll: tuple[int, int], generator: torch.Generator) -> View:
     """Draws the view of one step.
 
-    Crop: area share U(0.08, 1), aspect log-uniform in (3/4, 4/3), ten tries, else the whole image; flip with
-    probability 1/2; roll by whole pixels uniform in [0, jitter].
+    Crop: area share U(least, 1), aspect log-uniform in (3/4, 4/3), ten tries, else the whole image; flip with
+    probability 1/2; neither where least is None.  Roll by whole pixels, uniform between the two bounds, both included.
     """
     top = left = 0
     height = width = size
-    if crop:
+    if least is not None:
         for area, aspect in torch.rand(10, 2, generator=generator, dtype=torch.float64).tolist():
-            area = size * size * (0.08 + 0.92 * area)
+            area = size * size * (least + (1 - least) * area)
             ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect)
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= size and 0 < h <= size:
@@ -442,8 +451,9 @@ def random_view(size: int, jitter: int, crop: bool, generator: torch.Generator) 
                 break
         place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         top, left = int(place[0] * (size - height + 1)), int(place[1] * (size - width + 1))
-    flip = crop and torch.rand((), generator=generator).item() < 0.5
-    return View(top, left, height, width, flip, *torch.randint(jitter + 1, (2,), generator=generator).tolist())
+    flip = least is not None and torch.rand((), generator=generator).item() < 0.5
+    down, right = torch.randint(roll[0], roll[1] + 1, (2,), generator=generator).tolist()
+    return View(top, left, height, width, flip, down, right)
 
 
 def view_matrices(view: View, size: int) -> tuple[Tensor, Tensor]:
@@ -465,6 +475,9 @@ def see(x: Tensor, view: View) -> Tensor:
         return (x.flip(3) if view.flip else x).roll((view.down, view.right), (2, 3))
     rows, columns = (m.to(x.device) for m in view_matrices(view, size))
     return ((x @ columns.T).transpose(2, 3) @ rows.T).transpose(2, 3)
+
+
+# --- end shared block ---
 
 
 def passes(classes: int, config: Config) -> list[tuple[Tensor, int]]:
@@ -640,7 +653,7 @@ def recover(
                 adam.state[x] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
             for step in range(state.step, config.iterations):
                 adam.param_groups[0]["lr"] = learning_rate(config, step)
-                view = see(x, random_view(size, jitter, config.crop, generator))
+                view = see(x, random_view(size, 0.08 if config.crop else None, (0, jitter), generator))
                 adam.zero_grad()
                 loss = run(view.contiguous(memory_format=torch.channels_last), target)
                 loss.backward()

@@ -26,9 +26,9 @@ IPC_AXIS = "images per class (IPC, log scale)"
 
 
 def entry(run: Run, planned: Planned, stage: str):
-    """The store entry of one stage behind a cell, or None where it has not been made."""
+    """The store entry of one stage behind a cell, the last of this name, or None where it has not been made."""
     found = [s for top in planned.stages[:1] for s in top.all() if s.name == stage]
-    return run.lab.store.get(stage, run.lab.key(found[0])) if found else None
+    return run.lab.store.get(stage, run.lab.key(found[-1])) if found else None
 
 
 def datasets(run: Run, data: pd.DataFrame) -> list[str]:

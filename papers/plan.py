@@ -40,6 +40,7 @@ class Cell:
     algorithm: str = "wmdd"
     distill: Mapping = field(default_factory=dict)
     student: Mapping = field(default_factory=dict)
+    teacher: str = ""  # architecture that the images were made with, where it is not the scale's or the student's
 
     @property
     def id(self) -> str:

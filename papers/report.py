@@ -122,14 +122,17 @@ def table_rows(
     """One row for each number of a table that is printed, planned or measured: `COLUMNS`, note and run_on.
 
     planned_cells hold `KEY` and, where a cell cannot or did not run, `why`.  results come from `load_cells`; only those
-    of `label_regime`, the one behind the printed numbers, belong in the table.  comparable says that the run used the
-    published settings.  reported_runs is the number of runs behind a printed std; 1 where that is already a standard
-    error, as in Table 3 of WMDD.  seeds counts our runs.  Rows come in the printed order, then as planned.
+    of `label_regime`, behind the printed numbers ("any": all of them), belong in the table.  comparable says that the
+    run used the published settings.  reported_runs is the number of runs behind a printed std; 1 where that is already
+    a standard error, as in Table 3 of WMDD.  seeds counts our runs.  Rows come in the printed order, then as planned.
     """
 
     def of_table(items: Iterable[Mapping]) -> dict[tuple, Mapping]:
-        wanted = (table_id, label_regime)
-        return {_key(item): item for item in items if (item["table"], item.get("label_regime", label_regime)) == wanted}
+        regimes = ("any", label_regime)  # printed numbers have none
+        return {
+            _key(item): item for item in items
+            if item["table"] == table_id and (label_regime == "any" or item.get("label_regime", "any") in regimes)
+        }  # fmt: skip
 
     printed, planned, ours = of_table(reported), of_table(planned_cells), of_table(results)
     rows = []

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from common import cli
-from common.hardware import hardware
+from common.hardware import autocast, hardware, precision_name, resolve_device, resolve_precision
 from common.store import Store, write_atomic
-from common.train import autocast, precision_name, resolve_device, resolve_precision
 from papers import plan, report
 from papers.plan import SCALES, Cell, Paper, load_paper, papers, select
-from papers.stages import Lab, Setup, Stage, setup_of
+from papers.setups import Setup, setup_of
+from papers.stages import Lab, Stage
 
 __all__ = ["Args", "Run", "describe", "main", "parse", "run"]
 
@@ -144,7 +144,7 @@ class Run:
         """The store entry of the images behind a cell, or None when it is not there."""
         for planned in self.planned:
             if planned.cell.id == cell_id and planned.stages:
-                stage = next(s for s in planned.stages[0].all() if s.name == "distill")
+                *_, stage = (s for s in planned.stages[0].all() if s.name == "distill")
                 return self.lab.store.get(stage.name, self.lab.key(stage))
         return None
 
@@ -168,8 +168,9 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
             out.append(Planned(cell, setup, why=missing[setup.dataset]))
         else:
             try:
-                stages = (lab.wmdd(setup),) if cell.metric == "time" else tuple(lab.students(cell, setup, seeds))
-                out.append(Planned(cell, setup, stages))
+                timed = cell.metric == "time"
+                stages = [lab.images(setup, cell.algorithm, 0)] if timed else lab.students(cell, setup, seeds)
+                out.append(Planned(cell, setup, tuple(stages)))
             except (FileNotFoundError, ValueError) as error:
                 missing[setup.dataset] = (
                     f"missing data: {error}" if isinstance(error, FileNotFoundError) else f"failed: {error}"
@@ -284,12 +285,15 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     for key, stage in chain.items():
         spent[stage.name] = round(spent.get(stage.name, 0.0) + entries[key].meta["seconds"], 3)
     if p.cell.metric == "time":
-        values, seeds = [(spent["statistics"] + spent["distill"]) / 3600], [0]
+        values, seeds = [(spent.get("statistics", 0.0) + spent["distill"]) / 3600], [0]
     else:
         last = [entries[lab.key(top)].meta for top in p.stages]
         values, seeds = ([value for meta in last for value in meta[name]] for name in ("accuracies", "seeds"))
     by_name = {stage.name: entries[key].meta for key, stage in chain.items()}
-    label_bytes = by_name.get("relabel", {}).get("bytes", by_name["distill"].get("label_bytes", 0))
+    last_meta = entries[lab.key(p.stages[-1])].meta
+    best = [value for top in p.stages for value in entries[lab.key(top)].meta.get("best", ())]
+    stored = by_name.get("relabel", {}).get("bytes", by_name["distill"].get("label_bytes", 0))
+    label_bytes = last_meta.get("label_bytes", stored)  # a student may use less of them
     stages = [
         {"stage": stage.name, "key": key} | {k: entries[key].meta[k] for k in ("seconds", "finished", "made")}
         for key, stage in chain.items()
@@ -297,7 +301,7 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     return {
         "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
         "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else 0.0,
-        "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": lab.run_on(p.setup),
+        "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": lab.run_on(p.setup),
         "settings": {**p.setup.facts(), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),
         "bytes": {"images": by_name["distill"]["bytes"], "labels": label_bytes},

@@ -1,6 +1,5 @@
 """Crops, flips, CutMix, DiffAugment and ZCA against library calls, plain loops and their laws."""
 
-import ast
 import os
 from pathlib import Path
 
@@ -100,14 +99,6 @@ def test_cutmix_boxes_have_the_side_of_a_uniform_lambda():
         side = ((centre + half).clamp(max=64) - (centre - half).clamp(min=0)).mean()
         wanted.append(side**2)  # the centre's row and column are independent
     assert (area.mean() - torch.stack(wanted).mean()).abs() < 4 * area.std() / 3000**0.5
-
-
-def test_the_shared_block_is_the_same_in_both_files():
-    def function(path: Path) -> str:
-        tree = ast.parse(path.read_text())
-        return next(ast.dump(n) for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "resample_matrix")
-
-    assert function(ROOT / "common/augment.py") == function(ROOT / "methods/wmdd.py")
 
 
 # ---------------------------------------------------------------- DiffAugment

@@ -1,7 +1,6 @@
 """DSA against its plain form: siamese augmentation, image gradient, whole loop, resume, what it shares with DC."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -268,17 +267,6 @@ def test_compiled_functions_make_the_same_images():
 
 
 # ---------------------------------------------------------------- what is shared with DC, the copy rule
-
-
-def test_the_shared_blocks_of_dc_and_dsa_are_equal():
-    pattern = r"# --- begin shared block: (\w+) \(copied in methods/(\w+)\.py.*?\n(.*?)# --- end shared block ---"
-    blocks = {}
-    for name, other in (("dc", "dsa"), ("dsa", "dc")):
-        found = re.findall(pattern, (ROOT / "methods" / f"{name}.py").read_text(), re.DOTALL)
-        assert all(names == other for _, names, _ in found)
-        blocks[name] = {title: text for title, _, text in found}
-    assert list(blocks["dc"]) == ["distance", "network", "real", "state"]
-    assert blocks["dc"] == blocks["dsa"]
 
 
 def test_the_settings_differ_from_those_of_dc_in_the_start_alone():

@@ -173,7 +173,7 @@ def test_requirements_are_what_is_imported(environment):
     listed = {canonicalize_name(Requirement(line).name) for line in lines}
     beside = {"pyarrow", "ipython"}  # optional, for parquet dumps; a part of ipykernel
     assert used - beside <= listed
-    assert listed - used <= {"ipykernel", "ruff"}  # started as programs
+    assert listed - used <= {"ipykernel", "pytest-xdist", "ruff"}  # started as programs, or by pytest
 
 
 def test_old_python_is_named(environment, tmp_path, monkeypatch):

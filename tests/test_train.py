@@ -1,6 +1,8 @@
 """The training loop: losses against formulas, streams, stored and recomputed labels, exact resume, bad input."""
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,21 +11,11 @@ import torch.nn.functional as F
 from common import networks
 from common.augment import apply_cutmix, rng
 from common.datasets import Dataset
+from common.hardware import resolve_device, resolve_precision
+from common.labels import Online, Stored, kd_loss, relabel
 from common.store import Checkpoint
-from common.train import (
-    Online,
-    Recipe,
-    Stored,
-    accuracy,
-    fit,
-    kd_loss,
-    normalise,
-    relabel,
-    resolve_device,
-    resolve_precision,
-    steps_per_epoch,
-    views,
-)
+from common.train import accuracy, fit
+from common.views import Recipe, learning_rate, normalise, steps_per_epoch, views
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -112,11 +104,36 @@ def test_stored_and_recomputed_labels_give_the_same_student(data, dtype):
     assert torch.equal(one, two)
 
 
+def test_less_than_the_logits_may_be_kept(data):
+    """Two numbers an image, stored or recomputed: the same student, and not the one of the whole logits."""
+    recipe, teacher = Recipe(epochs=2, batch=10), network()
+
+    def keep(logits, y, partner):
+        log_p = logits.log_softmax(1)
+        return -torch.stack([log_p.gather(1, k[:, None])[:, 0] for k in (y, partner)], 1)
+
+    def loss(logits, kept, y, partner):
+        return (keep(logits, y, partner) - kept).abs().sum(1).mean()
+
+    kept = relabel(teacher, data, recipe, size=16, seed=7, device=CPU, dtype=torch.float32, keep=keep)
+    assert kept.shape == (6, 10, 2)
+    (view, *_) = views(data, recipe, 16, 7)
+    y = data.labels[view.indices]
+    with torch.no_grad():
+        wanted = keep(teacher(normalise(view.pixels, MEAN, STD)), y, y[view.permutation])
+    torch.testing.assert_close(kept[0].float(), wanted, atol=2e-3, rtol=2e-3)
+    one = student(data, recipe, Stored(kept), loss=loss, dtype=torch.float32)
+    assert torch.equal(one, student(data, recipe, Online(teacher, torch.float32, keep), loss=loss, dtype=torch.float32))
+    assert not torch.equal(one, student(data, recipe, Online(teacher, torch.float32), dtype=torch.float32))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("stop", [1, 5, 6, 11])
+@pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
 def test_a_killed_run_continues_bit_for_bit(data, tmp_path, optimizer, stop):
     recipe = Recipe(epochs=4, batch=10, optimizer=optimizer, lr=0.01, labels="hard")
-    whole = student(data, recipe)
+    seen = {"history": [], "on_epoch": lambda epoch, net: epoch + 0.5}
+    whole = student(data, recipe, **seen)
+    assert [row[0] for row in seen["history"]] == [0, 1, 2, 3] and seen["history"][2][2] == 2.5
 
     class Killed(Exception):
         pass
@@ -129,10 +146,11 @@ def test_a_killed_run_continues_bit_for_bit(data, tmp_path, optimizer, stop):
             super().save(tensors, meta)
             raise Killed
 
-    path = tmp_path / "state.safetensors"
+    path, again = tmp_path / "state.safetensors", {**seen, "history": []}
     with pytest.raises(Killed):
-        student(data, recipe, checkpoint=Killing(path))
-    assert torch.equal(student(data, recipe, checkpoint=Checkpoint(path)), whole)
+        student(data, recipe, checkpoint=Killing(path), **{**seen, "history": []})
+    assert torch.equal(student(data, recipe, checkpoint=Checkpoint(path), **again), whole)
+    assert again["history"] == seen["history"]
 
 
 def test_hard_labels_are_mixed_as_the_pixels_are(data):
@@ -171,8 +189,60 @@ def test_accuracy_counts_right_answers(data):
     )
 
 
+def test_schedules_by_their_formulas():
+    def rates(**changes):
+        recipe = Recipe(epochs=300, lr=2.0, **changes)
+        return [learning_rate(recipe, epoch) for epoch in range(300)]
+
+    whole, half, warm = rates(), rates(schedule="half-cosine"), rates(warmup=5)
+    assert whole[0] == half[0] == 2.0 and whole[150] == pytest.approx(1.0) and whole[299] < 1e-4
+    assert half[299] == pytest.approx(1.0, rel=0.01) and half[150] == pytest.approx(1 + math.cos(math.pi / 4))
+    assert warm[0] == pytest.approx(0.02) and warm[4] == pytest.approx(2 * (0.01 + 0.99 * 0.8)) and warm[5] == 2.0
+    assert warm[-1] < 1e-3 and all(a > b for a, b in pairwise(warm[5:]))
+
+
+def test_a_larger_momentum_of_the_statistics_stands_for_a_second_forward_pass(data):
+    """RDED's loop runs every batch through the student twice; 1 - 0.9^2 in one pass leaves the same statistics."""
+    recipe = Recipe(epochs=2, batch=10, labels="hard", optimizer="sgd", lr=0.0, weight_decay=0.0)
+    once = fit(network(1), data, replace(recipe, bn_momentum=0.19), size=16, seed=7, device=CPU, dtype=torch.float32)
+    twice = network(1).train()
+    for view in views(data, recipe, 16, 7):
+        for _ in range(2):
+            twice(normalise(view.pixels, MEAN, STD))
+    for name, value in twice.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(once.get_buffer(name), value)
+
+
+def test_a_padded_crop_is_a_shift_with_black_around(data):
+    recipe = Recipe(epochs=4, batch=30, crop=1.0, pad=4, flip=False, cutmix=False)
+    shifts = set()
+    for view in views(data, recipe, 20, 3):
+        for pixels, i in zip(view.pixels, view.indices, strict=True):
+            padded = F.pad(data.images[i].float(), [4] * 4)
+            found = [(y, x) for y in range(9) for x in range(9) if torch.equal(padded[:, y:, x:][:, :20, :20], pixels)]
+            assert len(found) == 1
+            shifts |= set(found)
+    assert len(shifts) > 50 and {y for y, _ in shifts} == {x for _, x in shifts} == set(range(9))
+
+
+def test_patches_are_shuffled_before_the_crop(data):
+    recipe = Recipe(epochs=3, batch=30, crop=1.0, flip=False, cutmix=False, shuffle=2)
+    arrangements = set()
+    for view in views(data, recipe, 20, 3):
+        for pixels, i in zip(view.pixels, view.indices, strict=True):
+            image = data.images[i].float()  # of two halves, the swap is a roll
+            found = [(y, x) for y in (0, 10) for x in (0, 10) if torch.equal(image.roll((y, x), (1, 2)), pixels)]
+            assert len(found) == 1
+            arrangements |= set(found)
+    assert len(arrangements) == 4
+
+
 def test_wrong_settings_are_named(data):
     for make, words in (
+        (lambda: Recipe(schedule="linear"), "half-cosine"),
+        (lambda: Recipe(pad=4), "pad=4"),
+        (lambda: Recipe(shuffle=0), "shuffle=0"),
         (lambda: Recipe(optimizer="lion"), "adamw"),
         (lambda: Recipe(labels="none"), "soft"),
         (lambda: Recipe(epochs=0), "epochs=0"),

@@ -240,7 +240,7 @@ def test_too_many_atoms_are_refused():
 @pytest.mark.parametrize("draw", range(100))
 def test_a_view_is_crop_resize_flip_and_roll(draw):
     size, jitter, image = 24, 5, torch.rand(2, 3, 24, 24, generator=rng("image"))
-    view = wmdd.random_view(size, jitter, True, rng(draw))
+    view = wmdd.random_view(size, 0.08, (0, jitter), rng(draw))
     rows, columns = wmdd.view_matrices(view, size)
     g = rng(draw)  # the same draws, spelled out
     for area, aspect in torch.rand(10, 2, generator=g, dtype=torch.float64).tolist():
@@ -264,7 +264,7 @@ def test_a_view_is_crop_resize_flip_and_roll(draw):
 
 def test_views_follow_torchvisions_law():
     size, n = 64, 4000
-    ours = torch.tensor([wmdd.random_view(size, 9, True, rng("law", i)) for i in range(n)]).double()
+    ours = torch.tensor([wmdd.random_view(size, 0.08, (0, 9), rng("law", i)) for i in range(n)]).double()
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(0)
         image = torch.zeros(1, size, size)
@@ -275,7 +275,7 @@ def test_views_follow_torchvisions_law():
     assert ours[:, 4].mean() == pytest.approx(0.5, abs=0.04)
     for roll in (ours[:, 5], ours[:, 6]):  # 0 to 9, each as often
         assert (torch.bincount(roll.long(), minlength=10) / n - 0.1).abs().max() < 0.02
-    assert wmdd.random_view(size, 0, False, rng(0)) == (0, 0, size, size, False, 0, 0)
+    assert wmdd.random_view(size, None, (0, 0), rng(0)) == (0, 0, size, size, False, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_recover_takes_the_steps_of_the_plain_form(teacher, real, compiled):
     ours = wmdd.recover(teacher, stats, atoms, weights, config, size=16, mean=MEAN, std=STD, generator=rng(6))
     generator = rng(6)
     noise = torch.randn(8, 3, 16, 16, generator=generator)
-    views = (wmdd.random_view(16, 3, True, generator) for _ in range(10))
+    views = (wmdd.random_view(16, 0.08, (0, 3), generator) for _ in range(10))
     low, high = (torch.tensor([(e - m) / s for m, s in zip(MEAN, STD, strict=True)]).view(-1, 1, 1) for e in (0, 1))
     loop = plain_wmdd.recover(
         teacher, [noise], [torch.arange(4).repeat_interleave(2)], [atoms.flatten(0, 1)],

@@ -1,0 +1,65 @@
+"""RDED's scoring and stitching in plain form: the formulas one after the other, built as the released code is built.
+
+One image at a time, fp32, NCHW, torchvision's transforms, everything kept in lists, tiles pasted one by one.  It is
+what `methods/rded.py` is timed and checked against; it takes the same boxes, so both compute the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import Normalize
+from torchvision.transforms.functional import convert_image_dtype, resize, resized_crop
+
+__all__ = ["score", "select", "stitch"]
+
+
+def score(
+    teacher: nn.Module, images: Iterable[Tensor], boxes: Iterable[list], label: int, *, factor: int, size: int,
+    mean: tuple[float, ...], std: tuple[float, ...],
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Yields (scores [crops], normalised crops [crops, C, p, p]) of each image uint8 [C, H, W] and its boxes."""
+    side, normalise = size // factor, Normalize(mean, std)
+    device = next(teacher.parameters()).device
+    before = (size - side) // 2
+    after = size - side - before
+    for image, own in zip(images, boxes, strict=True):
+        pixels = convert_image_dtype(image, torch.float32)
+        crops = torch.stack([normalise(resized_crop(pixels, *box, [side, side], antialias=True)) for box in own])
+        with torch.no_grad():
+            logits = teacher(F.pad(crops.to(device), (before, after, before, after)))
+        labels = torch.full((len(own),), label, device=device)
+        yield F.cross_entropy(logits, labels, reduction="none").cpu(), crops
+
+
+def select(scored: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, list[float]]:
+    """The crop with the lowest score of each image, and of these the `count` lowest: [count, C, p, p], their scores."""
+    kept = []
+    for scores, crops in scored:
+        best = min(range(len(scores)), key=lambda c: scores[c].item())
+        kept.append((scores[best].item(), crops[best]))
+    kept.sort(key=lambda pair: pair[0])
+    return torch.stack([crop for _, crop in kept[:count]]), [value for value, _ in kept[:count]]
+
+
+def stitch(patches: Tensor, factor: int, size: int) -> Tensor:
+    """Patches [I f f, C, p, p], best first -> [I, C, size, size], tile by tile."""
+    ipc = len(patches) // factor**2
+    images = torch.zeros(ipc, patches.shape[1], size, size)
+    for i in range(ipc):
+        top = 0
+        for row in range(factor):
+            height = size // factor + (1 if row < size % factor else 0)
+            left = 0
+            for column in range(factor):
+                width = size // factor + (1 if column < size % factor else 0)
+                patch = patches[(row * factor + column) * ipc + i]
+                if patch.shape[1:] != (height, width):
+                    patch = resize(patch, [height, width], interpolation=0)  # nearest
+                images[i, :, top : top + height, left : left + width] = patch
+                left += width
+            top += height
+    return images

@@ -1,0 +1,501 @@
+"""SRe2L: squeeze a data set into a teacher, recover images from it, relabel them with its soft labels.
+
+Yin, Xing and Shen, Squeeze, Recover and Relabel, NeurIPS 2023 (arXiv 2306.13092; github.com/VILA-Lab/SRe2L).
+CDA: Yin and Shen, Dataset Distillation via Curriculum Data Synthesis, TMLR 2024 (arXiv 2311.18838; same repository).
+
+    python methods/sre2l.py dataset=imagenette ipc=10 data=~/data     # teacher, distilled set, student accuracy
+    python methods/sre2l.py dataset=tiny-imagenet ipc=50 curriculum=cosine data=~/data     # CDA
+
+This file is the middle step.  Images start as noise and are moved by Adam, through random crops, until the teacher
+reads their class in them and its BatchNorm layers see the statistics of the real data:
+
+    loss  = CE(teacher(x), y) + r_bn R_BN + r_tv R_tv + r_l2 R_l2
+    R_BN  = sum_l k_l (|mean_l(x) - running mean_l| + |var_l(x) - running var_l|),   k_1 = 10, k_l = 1 further on
+    R_tv  = |dx| + |dy| + the same along both diagonals, norms of differences of neighbours over the batch
+    R_l2  = mean length of an image
+
+The norms are not squared; the published runs have r_tv = r_l2 = 0.  A batch holds one image of each of up to 100
+consecutive classes and is a problem of its own.  CDA lets the smallest crop shrink from the whole image to 0.08 of it.
+
+Paper against released code, and what we take:
+  batches         classes in random order is switched off in the code             -> consecutive classes
+  result          the code keeps a best image and overwrites it with the last     -> the last
+  batches again   one after the other in the code                                 -> `in_flight` images a forward; each
+                  batch keeps its own statistics, so its gradients are the same; they share the random crops
+  crops           CIFAR has none; Tiny-ImageNet alone rolls both ways             -> `crop`, `jitter_both`
+  files           the code writes JPEG, which all later steps read                -> tensors
+Needs torch; copy this file alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PUBLISHED", "PUBLISHED_CDA", "Config", "RecoverState", "distill", "recover"]
+
+
+def _option(default, help: str, **facts):
+    return field(default=default, metadata={"help": help, **facts})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One distillation; the defaults are the released script for ImageNet-1K."""
+
+    ipc: int = _option(50, "synthetic images per class", unit="images", minimum=1)
+    iterations: int = _option(4000, "recover iterations per batch", unit="steps", minimum=1, source="recover.sh")
+    lr: float = _option(0.25, "first Adam step size in normalised pixels, cosine to 0", source="recover.sh")
+    bn_weight: float = _option(0.01, "weight of the BatchNorm term: r_bn", minimum=0, source="recover.sh")
+    first_bn_multiplier: float = _option(10.0, "extra weight of the first BatchNorm layer", minimum=0)
+    tv_weight: float = _option(0.0, "weight of the total variation of the views", minimum=0, source="recover.sh")
+    l2_weight: float = _option(0.0, "weight of the mean length of the views", minimum=0, source="recover.sh")
+    curriculum: str = _option(
+        "none", "how the smallest crop shrinks from the whole image to 0.08 of its area (CDA: cosine)",
+        choices=("none", "cosine", "linear", "step"),
+    )  # fmt: skip
+    milestone: float = _option(
+        1.0, "curriculum: share of the iterations after which the smallest crop is 0.08", minimum=0, maximum=1
+    )
+    crop: bool = _option(True, "random resized crop and flip of the images at each step; not for CIFAR")
+    jitter: int = _option(
+        -1, "largest roll of the images; -1: 1/7 of the side (32 at 224 px); 4 at 32 and 64 px", unit="px", minimum=-1
+    )
+    jitter_both: bool = _option(False, "roll both ways, as for Tiny-ImageNet, or only down and right")
+    batch: int = _option(100, "classes optimised together, one image each", unit="classes", minimum=1)
+    in_flight: int = _option(100, "images per pass; batches are grouped up to here", unit="images", minimum=1)
+    precision: str = _option("fp32", "arithmetic of the convolutions", choices=("bf16", "fp32"))
+    compile: bool = _option(False, "compile the step (needs a C++ compiler on a CPU)")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata.get("choices")
+            low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
+            if allowed and value not in allowed:
+                raise ValueError(f"{f.name}={value!r} is unknown; allowed: {', '.join(allowed)}")
+            if low is not None and not value >= low:
+                raise ValueError(f"{f.name}={value!r} is too small; the least is {low}")
+            if high is not None and not value <= high:
+                raise ValueError(f"{f.name}={value!r} is too large; the most is {high}")
+        if self.curriculum != "none" and not self.crop:
+            raise ValueError(f"curriculum={self.curriculum!r} schedules the crops and needs crop=True")
+
+
+# Published settings by (dataset, ipc or None for every ipc).  Source: recover.sh, recover_tiny.sh and recover_cifar.sh
+# of VILA-Lab/SRe2L.  CIFAR-10 and Imagenette have no released script: theirs are those of CIFAR-100 and ImageNet-1K,
+# where their ten classes make a batch of ten.
+_CIFAR = {"lr": 0.25, "bn_weight": 0.01, "iterations": 1000, "crop": False, "jitter": 4}
+PUBLISHED: dict[tuple[str, int | None], dict] = {
+    ("cifar10", None): _CIFAR,
+    ("cifar100", None): _CIFAR,
+    ("tiny-imagenet", None): {"lr": 0.1, "bn_weight": 1.0, "iterations": 4000, "jitter": 4, "jitter_both": True},
+    ("imagenette", None): {"lr": 0.25, "bn_weight": 0.01, "iterations": 4000},
+    ("imagenet-1k", None): {"lr": 0.25, "bn_weight": 0.01, "iterations": 4000},
+}
+
+# The same for CDA.  Source: CDA/README.md and CDA/recover_cda_*.py.
+PUBLISHED_CDA: dict[tuple[str, int | None], dict] = {
+    ("tiny-imagenet", None): {
+        "lr": 0.4, "bn_weight": 0.05, "iterations": 4000, "jitter": 4, "curriculum": "cosine",
+    },
+    ("imagenet-1k", None): {"lr": 0.25, "bn_weight": 0.01, "iterations": 4000, "curriculum": "cosine"},
+    ("imagenet-21k", None): {"lr": 0.05, "bn_weight": 0.25, "iterations": 2000, "curriculum": "cosine"},
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- looking into a teacher
+
+
+# --- begin shared block: teacher (a test keeps its copies equal) ---
+def classifier_of(net: nn.Module) -> nn.Linear:
+    """The last linear layer; what enters it is the feature f_e(x)."""
+    linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError(f"the teacher {type(net).__name__} has no nn.Linear layer to read features from")
+    return linear[-1]
+
+
+def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
+    """Every BatchNorm2d, in module order (20 in a ResNet-18, 4,800 channels)."""
+    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not layers:
+        raise ValueError(f"the teacher {type(net).__name__} has no BatchNorm2d layer to match statistics of")
+    return layers
+
+
+# --- end shared block ---
+
+
+# --- begin shared block: moments (a test keeps its copies equal) ---
+def power_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of values and of squares over the middle dimension: [G, n, C] -> two [G, C], float32 at least.
+
+    A CPU converts pieces that stay in its cache: four times faster than one wide copy of bf16 rows.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return rows.sum(1, dtype=wide), rows.to(wide).square().sum(1)
+    sums = torch.zeros(2, rows.shape[0], rows.shape[2], dtype=wide)
+    for group, total, squares in zip(rows, *sums, strict=True):
+        for piece in group.split(max(1, 2**18 // rows.shape[2])):
+            piece = piece.to(wide)
+            total += piece.sum(0)
+            squares += piece.square().sum(0)
+    return sums[0], sums[1]
+
+
+class _Moments(torch.autograd.Function):
+    """Channel mean and variance of groups of images, with the gradient in closed form and no copy of the input.
+
+    x [B, C, H, W] -> mean, variance [G, C], float32 at least, over the B/G images of a group and all positions.
+    d/dx <g_m, mean> + <g_v, variance> = (g_m + 2 (x - mean) g_v) / n, one fused multiply-add over x.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int):
+        b, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(groups, -1, c)  # [G, I*H*W, C], a view when channels_last
+        total, squares = power_sums(rows)
+        mean = total / rows.shape[1]
+        ctx.save_for_backward(rows, mean)
+        ctx.shape = (b, h, w, c)
+        return mean, squares / rows.shape[1] - mean.square()
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor):
+        rows, mean = ctx.saved_tensors
+        scale = 2 / rows.shape[1] * grad_var  # [G, C]
+        shift = grad_mean / rows.shape[1] - mean * scale
+        grad = torch.addcmul(shift[:, None].to(rows.dtype), rows, scale[:, None].to(rows.dtype))
+        return grad.reshape(ctx.shape).permute(0, 3, 1, 2), None
+
+
+# --- end shared block ---
+
+
+def _norm(x: Tensor) -> Tensor:  # [..., D] -> [...]; smooth at 0
+    return (x.square().sum(-1) + 1e-12).sqrt()
+
+
+def bn_gap(bn: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
+    """R_l of each group [G]: the statistics of what enters a layer, x [B, C, H, W], against its running ones."""
+    mean, var = _Moments.apply(x, groups)
+    return _norm(mean - bn.running_mean) + _norm(var - bn.running_var)
+
+
+@contextmanager
+def bn_gaps(net: nn.Module, config: Config, groups: Callable[[], int]) -> Iterator[list[Tensor]]:
+    """Hooks that add k_l R_l [G] of every BatchNorm layer to a list at each forward."""
+    found: list[Tensor] = []
+    layers = batch_norms(net)
+
+    def keep(bn: nn.BatchNorm2d, entering: tuple[Tensor]) -> None:
+        multiplier = config.first_bn_multiplier if bn is layers[0] else 1.0
+        found.append(multiplier * bn_gap(bn, entering[0], groups()))
+
+    hooks = [bn.register_forward_pre_hook(keep) for bn in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------- what the images are seen through
+
+
+# --- begin shared block: resample_matrix (a test keeps its copies equal) ---
+def resample_matrix(start: Tensor, length: Tensor, out: int, size: int) -> Tensor:
+    """Rows that crop [start, start + length) from `size` pixels and resize it to `out` pixels.
+
+    start, length: [B] in whole pixels -> [B, out, size] float32, each row sums to 1.  Bilinear with half-pixel centres,
+    widened to a triangle filter when the crop shrinks (as PIL and torchvision's antialias do).
+    """
+    start, length = start.float()[:, None, None], length.float()[:, None, None]  # [B, 1, 1]
+    scale = length / out
+    pixel = torch.arange(size, device=start.device) + 0.5  # centres of the source pixels [size]
+    centre = start + (torch.arange(out, device=start.device)[:, None] + 0.5) * scale  # [B, out, 1]
+    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)  # [B, out, size]
+    weight = weight * ((pixel > start) & (pixel < start + length))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+# --- end shared block ---
+
+
+# --- begin shared block: view (a test keeps its copies equal) ---
+class View(NamedTuple):
+    """One crop, flip and roll shared by a whole batch, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    down: int
+    right: int
+
+
+def random_view(size: int, least: float | None, roll: tuple[int, int], generator: torch.Generator) -> View:
+    """Draws the view of one step.
+
+    Crop: area share U(least, 1), aspect log-uniform in (3/4, 4/3), ten tries, else the whole image; flip with
+    probability 1/2; neither where least is None.  Roll by whole pixels, uniform between the two bounds, both included.
+    """
+    top = left = 0
+    height = width = size
+    if least is not None:
+        for area, aspect in torch.rand(10, 2, generator=generator, dtype=torch.float64).tolist():
+            area = size * size * (least + (1 - least) * area)
+            ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect)
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= size and 0 < h <= size:
+                width, height = w, h
+                break
+        place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        top, left = int(place[0] * (size - height + 1)), int(place[1] * (size - width + 1))
+    flip = least is not None and torch.rand((), generator=generator).item() < 0.5
+    down, right = torch.randint(roll[0], roll[1] + 1, (2,), generator=generator).tolist()
+    return View(top, left, height, width, flip, down, right)
+
+
+def view_matrices(view: View, size: int) -> tuple[Tensor, Tensor]:
+    """The same view as two matrices [S, S]: rows @ image @ columns.T."""
+    rows, columns = resample_matrix(torch.tensor(view[:2]), torch.tensor(view[2:4]), size, size)
+    columns = columns.flip(0) if view.flip else columns
+    return rows.roll(view.down, 0), columns.roll(view.right, 0)
+
+
+def see(x: Tensor, view: View) -> Tensor:
+    """x [B, C, S, S] through `view`: crop, resize to S x S, flip, roll.
+
+    By matrices on a GPU, where their gradient is deterministic; by the library's resize on a CPU, where it is faster.
+    """
+    size = x.shape[-1]
+    if x.device.type == "cpu":
+        x = x[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
+        x = F.interpolate(x, (size, size), mode="bilinear")
+        return (x.flip(3) if view.flip else x).roll((view.down, view.right), (2, 3))
+    rows, columns = (m.to(x.device) for m in view_matrices(view, size))
+    return ((x @ columns.T).transpose(2, 3) @ rows.T).transpose(2, 3)
+
+
+# --- end shared block ---
+
+
+def least_area(config: Config, step: int) -> float | None:
+    """Smallest area share of a crop at a step, None without crops.  CDA: 1 at first, 0.08 from the milestone on."""
+    if not config.crop:
+        return None
+    end = config.milestone * config.iterations
+    if config.curriculum == "none" or step >= end:
+        return 0.08
+    done = step / end
+    large = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "step": 1.0}[config.curriculum]
+    return 0.08 + 0.92 * large
+
+
+# ---------------------------------------------------------------- recover
+
+
+def passes(classes: int, config: Config) -> list[Tensor]:
+    """The image numbers [G, k] of each forward; image k*I + j is image j of class k.
+
+    A row is one batch: image j of each of up to `batch` consecutive classes.  Rows are independent; as many share a
+    forward as `in_flight` images allow.
+    """
+    number = torch.arange(classes * config.ipc).view(classes, config.ipc)  # [K, I]
+    blocks = number.split(config.batch)
+    return [rows for block in blocks for rows in block.T.split(max(1, config.in_flight // len(block)))]
+
+
+def total_variation(views: Tensor) -> Tensor:
+    """R_tv of each batch: views [G, k, C, S, S] -> [G]."""
+    right, down = views[..., :, 1:] - views[..., :, :-1], views[..., 1:, :] - views[..., :-1, :]
+    diagonals = views[..., 1:, 1:] - views[..., :-1, :-1], views[..., 1:, :-1] - views[..., :-1, 1:]
+    return sum(_norm(gap.flatten(1)) for gap in (right, down, *diagonals))
+
+
+def objective(view: Tensor, logits: Tensor, gaps: list[Tensor], labels: Tensor, config: Config) -> Tensor:
+    """The loss of one forward, summed over its batches: labels [G, k], view [G k, C, S, S], logits [G k, K]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = len(labels) * F.cross_entropy(logits, labels.flatten())  # equally long rows: the sum of their means
+    loss = loss + config.bn_weight * sum(gaps).sum()
+    views = view.unflatten(0, labels.shape)  # [G, k, C, S, S]
+    if config.tv_weight:
+        loss = loss + config.tv_weight * total_variation(views).sum()
+    if config.l2_weight:
+        loss = loss + config.l2_weight * _norm(views.flatten(2)).mean(1).sum()
+    return loss
+
+
+@dataclass
+class RecoverState:
+    """Where a recover run stands; `tensors()` is all that is needed to continue it bit for bit."""
+
+    images: Tensor  # float32 [M, C, S, S], normalised, on the CPU; those of later passes are still zero
+    generator: Tensor  # state of the generator, uint8
+    number: int = 0  # pass
+    step: int = 0  # steps done in this pass
+    loss: float = math.nan  # at the last multiple of 50 steps
+    live: tuple[Tensor, Tensor, Tensor] | None = None  # images in flight and Adam's two moments, on the device
+    rows: Tensor | None = None  # int64 [B], their numbers
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {"images": self.images, "generator": self.generator, "at": torch.tensor([self.number, self.step])}
+        if self.live is None:
+            return out
+        x, first, second = (t.detach().cpu() for t in self.live)
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"the images are not finite after step {self.step} of pass {self.number}; the last good state is kept; "
+                "try a smaller lr or precision=fp32"
+            )
+        return out | {"images": self.images.index_copy(0, self.rows, x), "first": first, "second": second}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor]) -> RecoverState:
+        number, step = tensors["at"].tolist()
+        state = cls(tensors["images"], tensors["generator"], number, step)
+        if "first" in tensors:
+            state.live = (torch.empty(0), tensors["first"], tensors["second"])
+        return state
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Cosine from lr to 0 over the iterations of a batch."""
+    return 0.5 * config.lr * (1 + math.cos(math.pi * step / config.iterations))
+
+
+def recover(
+    teacher: nn.Module,
+    classes: int,
+    config: Config,
+    *,
+    size: int,
+    channels: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    generator: torch.Generator,
+    state: RecoverState | None = None,
+    on_step: Callable[[RecoverState], None] | None = None,
+) -> Tensor:
+    """Optimise the images on the teacher's device: float32 [K*I, C, size, size] in [0, 1] pixel space, on the CPU.
+
+    `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the
+    loss is not finite (looked at every 50 steps).
+    """
+    _check(teacher, classes, channels, mean, std)
+    device = next(teacher.parameters()).device
+    teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    shift, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+    low, high = (-shift / scale).to(device), ((1 - shift) / scale).to(device)
+    jitter = round(size / 7) if config.jitter < 0 else config.jitter
+    roll = (-jitter if config.jitter_both else 0, jitter)
+    if state is None:
+        state = RecoverState(torch.zeros(classes * config.ipc, channels, size, size), generator.get_state())
+    generator.set_state(state.generator)
+    plan = passes(classes, config)
+    with bn_gaps(teacher, config, lambda: len(labels)) as gaps:
+
+        def loss_of(view: Tensor, labels: Tensor) -> Tensor:
+            gaps.clear()
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = teacher(view)
+            return objective(view, logits, gaps, labels, config)
+
+        run = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
+        while state.number < len(plan):
+            number = plan[state.number].flatten()
+            labels = (plan[state.number] // config.ipc).to(device)  # [G, k]
+            fresh = state.live is None
+            x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[number]
+            x = x.to(device).requires_grad_()
+            adam = torch.optim.Adam([x], betas=(0.5, 0.9))
+            if not fresh:
+                first, second = (t.to(device) for t in state.live[1:])
+                adam.state[x] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
+            for step in range(state.step, config.iterations):
+                adam.param_groups[0]["lr"] = learning_rate(config, step)
+                view = see(x, random_view(size, least_area(config, step), roll, generator))
+                adam.zero_grad()
+                loss = run(view.contiguous(memory_format=torch.channels_last), labels)
+                loss.backward()
+                adam.step()
+                with torch.no_grad():
+                    x.clamp_(low, high)
+                if step % 50 == 49 or step + 1 == config.iterations:
+                    state.loss = _finite(loss / len(labels), step, state.number, config)
+                state.step, state.rows, state.generator = step + 1, number, generator.get_state()
+                state.live = (x, adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"])
+                if on_step:
+                    on_step(state)
+            state.images[number] = x.detach().cpu()
+            state.live, state.step, state.number = None, 0, state.number + 1
+    return (shift + state.images * scale).clamp(0, 1)
+
+
+def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the recover loss is {value} at step {step} of pass {number} (lr={config.lr}, "
+            f"bn_weight={config.bn_weight}); the last good state is kept; try a smaller lr or precision=fp32"
+        )
+    return value
+
+
+def _check(teacher: nn.Module, classes: int, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    batch_norms(teacher)  # says so when there is none
+    known = classifier_of(teacher).out_features
+    if known != classes:
+        raise ValueError(f"the teacher tells {known} classes apart, asked for are {classes}; both must be the same")
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"mean={mean} and std={std} must have one value for each of the {channels} channels")
+
+
+def distill(
+    images: Tensor,
+    labels: Tensor,
+    teacher: nn.Module,
+    config: Config,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    generator: torch.Generator,
+    state: RecoverState | None = None,
+    on_step: Callable[[RecoverState], None] | None = None,
+) -> dict[str, Tensor]:
+    """Images for the classes of images uint8 [N, C, S, S] and labels int64 [N] (0..K-1), with a trained teacher.
+
+    The real data live in the teacher: of `images` only the shape is read.  Returns images float32 [K*I, C, S, S] in
+    [0, 1] and labels [K*I].
+    """
+    classes = int(labels.max()) + 1
+    pixels = recover(
+        teacher, classes, config, size=images.shape[-1], channels=images.shape[1], mean=mean, std=std,
+        generator=generator, state=state, on_step=on_step,
+    )  # fmt: skip
+    return {"images": pixels, "labels": torch.arange(classes).repeat_interleave(config.ipc)}
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from common import cli, script
+
+    def main(arguments: list[str]) -> None:
+        cda = any(a.startswith("curriculum=") and a != "curriculum=none" for a in arguments)
+        published = PUBLISHED_CDA if cda else PUBLISHED
+        script.run_with_teacher(arguments, "sre2l", Config, published, RecoverState.restore, distill)
+
+    sys.exit(cli.guard(main, sys.argv[1:]))

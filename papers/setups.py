@@ -1,0 +1,110 @@
+"""What a printed data set means at a scale: from `paper.yaml` and the published settings to the `Setup` of a cell.
+
+Settings are laid over each other, the later ones winning: those of the method, of the scale, of its data set, of the
+IPC, of the cell.  `distill:` in the yaml is meant for the paper's own method, `methods: {NAME: {distill: ...}}` for the
+others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from common import teachers
+from common.datasets import info
+from common.views import Recipe
+from methods import nrr_dd, rded, sre2l
+from papers import matching_stages
+from papers.matching_stages import MatchingSetup
+from papers.plan import Cell, merged
+
+__all__ = ["ARCHITECTURES", "Setup", "setup_of"]
+
+ARCHITECTURES = {  # as printed -> common.networks
+    "ResNet-18": "resnet18",
+    "ResNet-50": "resnet50",
+    "ResNet-101": "resnet101",
+    "ViT-Tiny": "vit-tiny",
+    "ViT-Small": "vit-small",
+    "MobileNetV2": "mobilenet_v2",
+    "EfficientNet-B0": "efficientnet_b0",
+}
+PUBLISHED = {"sre2l": sre2l.PUBLISHED, "rded": rded.PUBLISHED, "nrr_dd": nrr_dd.PUBLISHED}
+STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's view may exchange
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a printed data set means at a scale, for one number of images per class."""
+
+    dataset: str
+    size: int
+    network: str  # of the teacher
+    student_network: str
+    run_on: str
+    teacher: Recipe
+    student: Recipe
+    distill: Mapping  # fields of the method's Config
+    regime: str = "soft"  # soft, hard, compact or boundary labels
+    labels: str = "stored"  # soft labels: stored, recomputed from the seed, or online (views of each student's own)
+    shorter: int | None = None
+
+    def facts(self) -> dict:
+        """The settings part of a result file."""
+        return {
+            "size": self.size, "network": self.network, "student_network": self.student_network,
+            "distill": dict(self.distill), "student": asdict(self.student), "teacher": asdict(self.teacher),
+            "regime": self.regime, "labels": self.labels,
+        }  # fmt: skip
+
+
+def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
+    """The settings of `cell`: the scale's, those of its data set, of its IPC, its own.  None: not in this scale."""
+    if cell.algorithm in matching_stages.ALGORITHMS:
+        return matching_stages.matching_setup(scale, cell)
+    data = scale["data"].get(cell.dataset)
+    if data is None or cell.ipc in data.get("leave_out", ()):
+        return None
+    layers = [scale, data, data.get("by_ipc", {}).get(cell.ipc, {})]
+    made_with = cell.teacher or scale.get("made_with") or cell.arch
+    networks = merged(ARCHITECTURES, scale.get("networks"), data.get("networks"))
+    size = data.get("sizes", {}).get(made_with, data["size"])
+    own = data.get("teachers", {}).get(made_with)  # a recipe for this architecture
+    recipe = teachers.RECIPES[data.get("teacher_recipe", "wmdd")]
+    teacher = replace(recipe, **merged(*(x.get("teacher") for x in layers), own))
+    return Setup(
+        data["dataset"],
+        size,
+        networks[made_with],
+        networks[cell.arch],
+        data["run_on"].format(size=size),
+        teacher,
+        _student(scale, layers, cell, data["dataset"], networks[cell.arch], size),
+        _distill(layers, cell, data["dataset"], scale.get("method", "wmdd")),
+        cell.label_regime,
+        scale.get("labels", "stored"),
+        data.get("shorter"),
+    )
+
+
+def _distill(layers: list[Mapping], cell: Cell, dataset: str, method: str) -> dict:
+    algorithm = "nrr_dd" if cell.algorithm == "cidd" else cell.algorithm  # its first stage
+    published = PUBLISHED.get(algorithm, {})
+    rows = [published.get((dataset, ipc)) for ipc in (None, cell.ipc)]
+    if algorithm == method:
+        rows += [x.get("distill") for x in layers]
+    rows += [x.get("methods", {}).get(algorithm, {}).get("distill") for x in layers]
+    return merged(*rows, cell.distill, {"ipc": cell.ipc})
+
+
+def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, network: str, size: int) -> Recipe:
+    base: dict = {}
+    if scale.get("protocol") == "rded-2024":
+        base = rded.student_recipe(dataset, info(dataset).classes, network, size, cell.ipc)
+        if cell.algorithm not in STITCHED:
+            base |= {"shuffle": 1}
+    own = scale.get("architectures", {}).get(cell.arch)
+    student = merged(base, *(x.get("student") for x in layers), own, cell.student)
+    if cell.label_regime == "hard":
+        student |= {"labels": "hard"} | ({"cutmix": False} if base else {})
+    return Recipe(**student)
