@@ -18,17 +18,27 @@ if TYPE_CHECKING:
     from papers.runner import Planned, Run
 
 __all__ = [
-    "IPC_AXIS", "axes_of", "captioned", "datasets", "entry", "error_bars", "ipc_axis", "lines", "show_image", "values",
-    "where",
+    "IPC_AXIS", "axes_of", "captioned", "datasets", "entry", "error_bars", "ipc_axis", "lines", "name_of", "show_image",
+    "values", "where",
 ]  # fmt: skip
 
 IPC_AXIS = "images per class (IPC, log scale)"
+WORDS = {  # the classes of Imagenette by the names of their folders
+    "n01440764": "tench", "n02102040": "springer", "n02979186": "cassette player", "n03000684": "chain saw",
+    "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
+    "n03445777": "golf ball", "n03888257": "parachute",
+}  # fmt: skip
 
 
 def entry(run: Run, planned: Planned, stage: str):
     """The store entry of one stage behind a cell, the last of this name, or None where it has not been made."""
     found = [s for top in planned.stages[:1] for s in top.all() if s.name == stage]
     return run.lab.store.get(stage, run.lab.key(found[-1])) if found else None
+
+
+def name_of(folder: str) -> str:
+    """What a class is called, by the name of its folder."""
+    return WORDS.get(folder, folder)
 
 
 def datasets(run: Run, data: pd.DataFrame) -> list[str]:

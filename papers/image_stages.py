@@ -245,6 +245,6 @@ def check_ipc(data: Dataset | Stream, ipc: int) -> None:
 
 
 IMAGES: dict[str, Callable[[Lab, Setup, int], Stage]] = {
-    "random": random, "wmdd": wmdd_images, "sre2l": sre2l_images, "rded": rded_images, "cidd": cidd_images,
-    "nrr_dd": nrr_dd_images,
+    "random": random, "wmdd": wmdd_images, "sre2l": sre2l_images, "cda": sre2l_images, "rded": rded_images,
+    "cidd": cidd_images, "nrr_dd": nrr_dd_images,
 }  # fmt: skip

@@ -133,8 +133,8 @@ def select(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] 
 
 
 def _matches(name: str, pattern: str) -> bool:
-    parts = iter(name.split("/"))
-    return all(any(fnmatch.fnmatchcase(part, want) for part in parts) for want in pattern.lower().strip("/").split("/"))
+    parts, wanted = iter(name.split("/")), pattern.lower().replace("_", "-").strip("/").split("/")
+    return all(any(fnmatch.fnmatchcase(part, want) for part in parts) for want in wanted)
 
 
 def slug(text: str) -> str:

@@ -29,7 +29,7 @@ ARCHITECTURES = {  # as printed -> common.networks
     "MobileNetV2": "mobilenet_v2",
     "EfficientNet-B0": "efficientnet_b0",
 }
-PUBLISHED = {"sre2l": sre2l.PUBLISHED, "rded": rded.PUBLISHED, "nrr_dd": nrr_dd.PUBLISHED}
+PUBLISHED = {"sre2l": sre2l.PUBLISHED, "cda": sre2l.PUBLISHED_CDA, "rded": rded.PUBLISHED, "nrr_dd": nrr_dd.PUBLISHED}
 STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's view may exchange
 
 

@@ -21,7 +21,6 @@ from common.datasets import info
 from methods.nrr_dd import Config
 from papers import drawing
 from papers.report import RANDOM
-from papers.wmdd.figures import WORDS
 
 if TYPE_CHECKING:
     from papers.runner import Planned, Run
@@ -47,7 +46,7 @@ def figure1(run: Run, classes: int = 10) -> Figure | None:
     groups: dict[tuple[str, str, int], dict] = {}
     for planned in run.planned:
         cell = planned.cell
-        if cell.table == "table1" and cell.method in METHODS and (made := _distilled(run, planned)):
+        if cell.table == "table1" and cell.method in METHODS and (made := drawing.entry(run, planned, "distill")):
             groups.setdefault((cell.dataset, _made_with(planned), cell.ipc), {})[cell.method] = planned, made
     if not groups:
         return None
@@ -80,7 +79,7 @@ def figure3(run: Run) -> Figure | None:
     cells = [p for p in run.planned if p.cell.algorithm == "nrr_dd" and not p.cell.distill]
     cells.sort(key=lambda p: (p.cell.ipc == 10, p.cell.ipc, *_preferred(p.cell.dataset, _made_with(p))), reverse=True)
     for planned in cells:
-        if made := _distilled(run, planned):
+        if made := drawing.entry(run, planned, "distill"):
             break
     else:
         return None
@@ -218,12 +217,6 @@ def _stored(run: Run, datasets: Sequence[str]) -> set[tuple[str, str, int]]:
 # ---------------------------------------------------------------- what a run holds, and panels
 
 
-def _distilled(run: Run, planned: Planned):
-    """The store entry of the images that students see, or None: the last distill stage, NRR-DD starts from CIDD's."""
-    stages = [s for top in planned.stages[:1] for s in top.all() if s.name == "distill"]
-    return run.lab.store.get("distill", run.lab.key(stages[-1])) if stages else None
-
-
 def _made_with(planned: Planned) -> str:
     """The network behind the images, as printed."""
     return planned.cell.teacher or planned.cell.arch
@@ -235,7 +228,7 @@ def _preferred(dataset: str, network: str) -> tuple[bool, bool]:
 
 def _title(axes: np.ndarray, folders: Sequence[str]) -> None:
     for ax, folder in zip(axes, folders, strict=True):
-        ax.set_title("\n".join(textwrap.wrap(WORDS.get(folder, folder), 10)), fontsize=8)
+        ax.set_title("\n".join(textwrap.wrap(drawing.name_of(folder), 10)), fontsize=8)
 
 
 def _map(ax, values: torch.Tensor, top: float, colours: str):

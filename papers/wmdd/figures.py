@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["figure1", "figure2", "figure4", "figure5a", "figure5b", "figure_labels"]
 
-WORDS = {  # the classes of Imagenette by the names of their folders
-    "n01440764": "tench", "n02102040": "springer", "n02979186": "cassette player", "n03000684": "chain saw",
-    "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
-    "n03445777": "golf ball", "n03888257": "parachute",
-}  # fmt: skip
-
-
 def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     """Synthetic images of some classes, each above the real training image nearest to the atom it is tied to.
 
@@ -57,7 +50,7 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
         for j in range(shown):
             drawing.show_image(axes[2 * j, column], tensors["images"][k * ipc + j])
             drawing.show_image(axes[2 * j + 1, column], views[j] / 255)
-        axes[0, column].set_title("\n".join(textwrap.wrap(_name(names[k]), 10)), fontsize=8)
+        axes[0, column].set_title("\n".join(textwrap.wrap(drawing.name_of(names[k]), 10)), fontsize=8)
     for row in range(2 * shown):
         axes[row, 0].set_ylabel("real" if row % 2 else "synthetic", fontsize=8)
     text = (
@@ -161,7 +154,7 @@ def figure5b(run: Run) -> Figure | None:
         images = entry.tensors()["images"]
         for row, k in enumerate(chosen):
             drawing.show_image(axes[row, column], images[k * ipc])
-            axes[row, 0].set_ylabel(_name(names[k]), fontsize=9)
+            axes[row, 0].set_ylabel(drawing.name_of(names[k]), fontsize=9)
         axes[0, column].set_title(f"λ = {weight:g}", fontsize=9)
     text = (
         f"The first WMDD image of two classes of {planned.setup.run_on} (IPC {ipc}), from the same noise, as the"
@@ -211,7 +204,3 @@ def _centre(data, positions: Tensor, setup) -> Tensor:
 def _lambda(distill) -> float:
     """The weight of the BatchNorm term; the method's default where a cell does not set it."""
     return float(distill.get("bn_weight", Config.bn_weight))
-
-
-def _name(folder: str) -> str:
-    return WORDS.get(folder, folder)

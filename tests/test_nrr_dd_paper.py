@@ -1,0 +1,163 @@
+"""The NRR-DD paper as a user meets it: settings of its cells, label types, a part of the smoke run, scripts alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import networks, teachers
+from common.augment import rng
+from common.datasets import load
+from common.views import Recipe, normalise
+from papers import runner, setups
+from papers.plan import load_paper
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = load_paper("nrr_dd")
+
+
+def setup(scale: str, name: str) -> setups.Setup:
+    (cell,) = (c for c in PAPER.cells_at(scale) if c.id == name)
+    return setups.setup_of(PAPER.scales[scale], cell)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_published_settings_reach_the_cells():
+    rded = setup("paper", "table1/imagenette/rded/resnet-18/10/soft")
+    assert (rded.network, rded.size, rded.distill["pool"], rded.distill["factor"]) == ("resnet18", 224, 300, 2)
+    student = rded.student
+    assert (student.epochs, student.batch, student.lr, student.schedule) == (300, 50, 1e-3, "half-cosine")
+    assert (student.crop, student.shuffle, student.cutmix, student.bn_momentum) == (0.5, 2, True, 0.19)
+    assert setup("paper", "table1/imagenette/nrr-dd/convnet/1/soft").size == 128
+    cifar = setup("paper", "table1/cifar-10/sre2l/convnet/10/soft")
+    assert cifar.distill["iterations"] == 1000 and not cifar.distill["crop"] and cifar.network == "convnet3"
+    assert (cifar.teacher.pad, cifar.teacher.lr, cifar.teacher.batch) == (4, 0.1, 128)
+    assert setup("paper", "table1/tiny-imagenet/nrr-dd/resnet-18/10/soft").distill["bn_weight"] == 0.05
+
+
+def test_who_distils_for_whom():
+    made = {m: setup("paper", f"table1/cifar-10/{m}/resnet-101/10/soft") for m in ("sre2l", "rded", "nrr-dd")}
+    assert {m: s.network for m, s in made.items()} == {
+        "sre2l": "resnet18-mod", "rded": "resnet18-mod", "nrr-dd": "resnet101-mod",
+    }  # fmt: skip
+    assert {s.student_network for s in made.values()} == {"resnet101-mod"}
+    crossed = setup("paper", "table3/imagenet-1k/nrr-dd/from-mobilenetv2/efficientnet-b0/10/soft")
+    assert (crossed.network, crossed.student_network) == ("mobilenet_v2", "efficientnet_b0")
+    assert crossed.student.lr == 2e-3
+
+
+def test_label_types():
+    soft = setup("paper", "table2/imagenette/rded/sl/resnet-18/10/soft")
+    hard = setup("paper", "table2/imagenette/rded/oh/resnet-18/10/hard")
+    assert (soft.student.labels, soft.student.cutmix) == ("soft", True)
+    assert (hard.student.labels, hard.student.cutmix) == ("hard", False)  # one-hot: images are not mixed
+    plain, refined = (
+        setup("paper", f"table2/imagenette/nrr-dd/{s}/resnet-18/10/boundary") for s in ("dbr", "dbr+lr")
+    )
+    assert plain.distill.get("label_refinement", 0) == 0 and refined.distill["label_refinement"] == 1
+    assert plain.regime == refined.regime == "boundary"
+
+
+def test_images_that_are_not_made_of_patches_keep_them_in_place():
+    shuffled = {
+        m: setup("paper", f"table1/imagenette/{m}/resnet-18/10/soft").student.shuffle
+        for m in ("random", "sre2l", "rded", "nrr-dd")
+    }
+    assert shuffled == {"random": 1, "sre2l": 1, "rded": 2, "nrr-dd": 2}
+
+
+def test_a_teacher_of_another_class_order_is_named():
+    data = load("digits", None, split="train")
+    net = networks.make("convnet2", classes=10, size=32, generator=rng(0))
+    views, labels = normalise(data.images[:200], data.mean, data.std), data.labels[:200]
+    oracle = type("Oracle", (torch.nn.Module,), {"forward": lambda self, x: self.answers})()
+    oracle.answers = torch.nn.functional.one_hot(labels, 10).float()
+    teachers.check(oracle, views, labels, data.classes)
+    oracle.answers = torch.nn.functional.one_hot((labels + 1) % 10, 10).float()
+    with pytest.raises(ValueError, match=r"recognises 0\.0 % of 200 real training images.*class order"):
+        teachers.check(oracle, views, labels, data.classes)
+    with pytest.raises(ValueError, match="near the 10 % of guessing"):
+        teachers.check(net.eval(), views, labels, data.classes)
+
+
+# ---------------------------------------------------------------- a part of the smoke run
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Every label type at IPC 10, and what the images are made from."""
+    place = tmp_path_factory.mktemp("nrr_dd")
+    only = "only=table2/imagenette/convnet/10,table4/cifar-10/convnet,table1/cifar-10/convnet/10/soft"
+    places = [f"store={place}/runs", f"out={place}/tables", "device=cpu"]
+    return runner.run(runner.parse(["paper=nrr_dd", "scale=smoke", only, *places]))
+
+
+@pytest.mark.slow
+def test_every_label_type_makes_a_student(smoke):
+    assert not smoke.failed, [p.why for p in smoke.failed]
+    found = {(r["method"], r["setting"]): r for r in smoke.results.values() if r["table"] == "table2"}
+    assert len(found) == 6
+    for name, result in found.items():
+        assert len(result["values"]) == 2 and result["mean"] > 25, (name, result["mean"])  # chance is 10
+        assert result["teacher_accuracy"] > 95 and len(result["best"]) == 2
+        assert all(best >= last for best, last in zip(result["best"], result["values"], strict=True))
+    samples = 40 * 100  # epochs x images
+    stored = {name: r["bytes"]["labels"] for name, r in found.items()}
+    assert stored["RDED", "SL"] == stored["NRR-DD", "SL"] == samples * 10 * 2
+    assert stored["NRR-DD", "DBR"] == stored["NRR-DD", "DBR+LR"] == samples * 2 * 2
+    assert stored["RDED", "CL"] == samples * 8 and stored["RDED", "OH"] == 0
+
+
+@pytest.mark.slow
+def test_refinement_starts_from_the_images_of_cidd(smoke):
+    entries = {}
+    for planned in smoke.planned:
+        if planned.stages and planned.cell.table == "table4":
+            made = [smoke.lab.entry(s) for s in planned.stages[0].all() if s.name == "distill"]
+            entries[planned.cell.method] = list({entry.key: entry for entry in made}.values())
+    assert [len(entries[m]) for m in ("RDED", "CIDD", "CIDD+NRR")] == [1, 1, 2]
+    assert entries["CIDD"][0].key == entries["CIDD+NRR"][0].key
+    before, after = (e.tensors() for e in entries["CIDD+NRR"])
+    assert torch.equal(after["before"], before["images"][::10]) and not torch.equal(after["images"], before["images"])
+    still = (after["mask"] == 0)[:, None].expand_as(after["before"])
+    assert still.any() and torch.equal(after["images"][::10][still], after["before"][still])
+
+
+@pytest.mark.slow
+def test_tables_name_what_was_made(smoke):
+    text = (smoke.folder / "table2.md").read_text()
+    assert "DBR+LR" in text and "not comparable" in text
+    assert (smoke.folder / "figure3.png").stat().st_size > 0 and (smoke.folder / "figure_storage.png").is_file()
+
+
+# ---------------------------------------------------------------- one method alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sre2l", "rded", "nrr_dd"])
+def test_a_method_alone(method, tmp_path):
+    settings = ["dataset=digits", "ipc=1", "size=16", "network=convnet2", "teacher_epochs=2", "student_epochs=2"]
+    settings += [] if method == "rded" else ["iterations=3"]
+    if method == "rded":
+        settings[3] = "network=convnet3"
+    command = [sys.executable, str(ROOT / "methods" / f"{method}.py"), *settings, f"out={tmp_path}", "device=cpu"]
+    done = subprocess.run([*command, f"store={tmp_path}/runs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "teacher: " in done.stdout and "student: " in done.stdout
+    assert (tmp_path / f"{method}_digits_ipc1.safetensors").is_file()
+
+
+def test_an_unknown_student_of_rded_is_named_before_any_work(tmp_path):
+    command = [sys.executable, str(ROOT / "methods" / "rded.py"), "dataset=digits", "network=mlp", "device=cpu"]
+    done = subprocess.run([*command, f"store={tmp_path}/runs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "no learning rate is published for student='mlp'" in done.stderr
+    assert not (tmp_path / "runs" / "teacher").exists()
+
+
+def test_recipes_know_their_limits():
+    with pytest.raises(ValueError, match=r"pad=4 and recipe\.crop=0\.5"):
+        Recipe(pad=4, crop=0.5)
