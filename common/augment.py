@@ -106,17 +106,26 @@ def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tenso
 # --- end shared block ---
 
 
+# --- begin shared block: shuffle (a test keeps its copies equal) ---
 def shuffle_patches(images: Tensor, factor: int, generator: torch.Generator) -> Tensor:
-    """Cut each image into `factor` columns and permute them, then the same with rows: [B, C, H, W] -> same shape.
+    """Permute the factor column strips of each image, then its factor row strips: [B, C, H, W] -> same shape.
 
-    Every image has its own two permutations (RDED's patch shuffle: 4 arrangements for factor 2, not 24).
+    For factor 2 that reaches 4 of the 24 orders of the tiles.  Where a side does not divide, the first strips are a
+    pixel wider.
     """
-    for dim in (3, 2):
-        strips = torch.arange(images.shape[dim]).tensor_split(factor)
-        order = [torch.cat([strips[i] for i in torch.randperm(factor, generator=generator)]) for _ in images]
-        index = torch.stack(order).to(images.device)[:, None]  # [B, 1, side]
-        images = images.gather(dim, index.unsqueeze(5 - dim).expand_as(images))
-    return images
+
+    def moved(size: int) -> Tensor:  # for each image, the old place of each new row or column [B, size]
+        widths = torch.tensor([size // factor + (i < size % factor) for i in range(factor)])
+        strip = torch.arange(factor).repeat_interleave(widths)  # the strip of each pixel [size]
+        place = torch.rand(len(images), factor, generator=generator).argsort(1)  # new place of each strip [B, f]
+        return place[:, strip].argsort(dim=1, stable=True).to(images.device)
+
+    columns, rows = moved(images.shape[3]), moved(images.shape[2])
+    images = images.gather(3, columns[:, None, None].expand_as(images))
+    return images.gather(2, rows[:, None, :, None].expand_as(images))
+
+
+# --- end shared block ---
 
 
 def cutmix_box(size: int, generator: torch.Generator) -> tuple[int, int, int, int]:

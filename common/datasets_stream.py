@@ -118,6 +118,22 @@ class Stream:
                 yield images, self.labels[chosen], chosen
         decoding.report_bad(bad, len(self), self.bad_share)
 
+    def whole(self, indices: Tensor, short_side: int = 512) -> tuple[Tensor, Tensor]:
+        """Images as they are, their shorter side at most `short_side` px: int64 [n] -> canvas uint8 [n, C, H, W], sizes
+        int64 [n, 2].  ValueError for one that cannot be read."""
+        pixels = []
+        for index in indices.tolist():
+            item = self.items[index] if self.items.dtype == object else os.fsdecode(self.items[index])
+            try:
+                pixels.append(torch.from_numpy(decoding.decode(item, self.channels, short_side).copy()))  # [h, w, C]
+            except decoding.UNREADABLE as error:
+                raise ValueError(f"{decoding.name_of(item, index)} cannot be read: {decoding.reason(error)}") from error
+        sizes = torch.tensor([image.shape[:2] for image in pixels])
+        canvas = torch.zeros(len(pixels), self.channels, *sizes.amax(0).tolist(), dtype=torch.uint8)
+        for place, image in zip(canvas, pixels, strict=True):
+            place[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1)
+        return canvas, sizes
+
 
 def class_positions(data, label: int) -> Tensor:
     """`class_indices` of a `Dataset` or a `Stream`."""

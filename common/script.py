@@ -51,7 +51,7 @@ class Common:
 class WithTeacher(Common):
     """Arguments of the methods that read a trained teacher."""
 
-    network: str = _arg("resnet18", "teacher and student", choices=networks.names())
+    network: str = _arg("", "teacher and student; empty: as the method prefers", choices=("", *networks.names()))
     teacher_epochs: int = _arg(50, "epochs of the teacher", unit="epochs", minimum=1)
     student_epochs: int = _arg(300, "epochs of the student on the distilled set", unit="epochs", minimum=1)
 
@@ -173,14 +173,17 @@ def run_with_teacher(
     restore: Callable[[dict], object],
     distill: Callable,
     *,
+    check: Callable | None = None,
     native: bool = False,
+    small: str = "resnet18",
     student: Callable[[str, int, str, int, int], Mapping] = lambda *_: {},
 ) -> None:
     """Parse, train or read the teacher, distil (resumable), save, train one student and print its accuracy.
 
     published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of
     the method.  distill: the method's function; native: it cuts its own views from whole images (`size`, `sizes`).
-    student: (dataset, classes, network, size, ipc) -> fields of the student's recipe that are the method's own.
+    check: (config, untrained teacher, labels, size=, side=) raises for what cannot work.  small: the network below 128
+    px, ResNet-18 else.  student: (dataset, classes, network, factor, ipc) -> the method's own fields of the recipe.
     """
     args, config, device = _parse(argv, name, WithTeacher, config_class, published)
     dtype = resolve_precision(args.precision, device)
@@ -191,9 +194,13 @@ def run_with_teacher(
     if isinstance(train, Stream):
         raise ValueError(f"{args.dataset} does not fit into memory; distil it with run_all.sh paper={name} scale=paper")
     size = args.size or min(224, native_size(args.dataset, train))
+    args = replace(args, network=args.network or (small if size < 128 else "resnet18"))
+    if check is not None:
+        net = networks.make(args.network, classes=len(train.classes), size=size, generator=rng(args.seed, "teacher"))
+        check(config, net, train.labels, size=size, side=train.short_side)
     views, test_views = train.center(size), test.center(size)
     recipe = replace(teachers.WMDD_TEACHER, epochs=args.teacher_epochs)
-    own = student(args.dataset, len(train.classes), args.network, size, args.ipc)
+    own = student(args.dataset, len(train.classes), args.network, 1 if size < 128 else 2, args.ipc)
     batch = min(100, max(10, args.ipc * len(train.classes)))
     taught = Recipe(**{"batch": batch, **own, "epochs": args.student_epochs})
     entry = store.make(
@@ -220,7 +227,7 @@ def run_with_teacher(
         name,
         {"config": asdict(config), "size": size, "seed": args.seed},
         (entry.key, train.fingerprint),
-        lambda work: _distilled(work, config, train, views, teacher, args.seed, restore, distill),
+        recorded(lambda work: _distilled(work, config, train, views, teacher, args.seed, restore, distill), device),
     )
     tensors = made.tensors()
     facts = {"method": name, "dataset": args.dataset, "size": size, "config": asdict(config), "teacher": entry.key}
@@ -229,7 +236,13 @@ def run_with_teacher(
         settings=facts,
     )  # fmt: skip
     _keep(result, args, name)
-    top1 = student_accuracy(result, teacher, args.network, taught, args.seed, test_views, test, device, dtype)
+    tested = store.make(
+        "student",
+        {"network": args.network, "recipe": asdict(taught), "seed": args.seed, "precision": precision_name(dtype)},
+        (made.key, entry.key, test.fingerprint),
+        recorded(lambda work: _student(work, result, teacher, args, taught, test_views, test, device, dtype), device),
+    )
+    top1 = tested.meta["accuracy"]
     print(f"student: {top1:.2f} % on {len(test)} test images (last epoch, soft labels of the teacher)")
 
 
@@ -259,18 +272,18 @@ def _distilled(work: Path, config, train: Dataset, views: Tensor, teacher, seed:
     return Product(made, {})
 
 
-def student_accuracy(
-    distilled: DistilledSet, teacher, network: str, recipe: Recipe, seed: int, test_views: Tensor, test: Dataset,
+def _student(
+    work: Path, distilled: DistilledSet, teacher, args, recipe: Recipe, test_views: Tensor, test: Dataset,
     device: torch.device, dtype: torch.dtype,
-) -> float:  # fmt: skip
-    """Top-1 accuracy (percent) of one student trained on the set with the teacher's labels, recomputed at each step."""
+) -> Product:  # fmt: skip
+    """One student, resumable, trained on the set with the teacher's labels, recomputed at each step."""
     size = distilled.images.shape[-1]
     data = Dataset(
         "distilled", distilled.uint8(), distilled.labels, distilled.classes, distilled.mean, distilled.std, None, ""
     ).to(device)
-    net = networks.make(network, classes=len(distilled.classes), size=size, generator=rng(seed, "student"))
+    net = networks.make(args.network, classes=len(distilled.classes), size=size, generator=rng(args.seed, "student"))
     net = fit(
-        net, data, recipe, size=size, seed=seed, device=device, dtype=dtype, soft=Online(teacher, dtype),
-        weights=distilled.weights, description="student",
+        net, data, recipe, size=size, seed=args.seed, device=device, dtype=dtype, soft=Online(teacher, dtype),
+        weights=distilled.weights, checkpoint=Checkpoint(work / "state.safetensors"), description="student",
     )  # fmt: skip
-    return accuracy(net, test_views, test.labels, data, device=device, dtype=dtype)
+    return Product({}, {"accuracy": accuracy(net, test_views, test.labels, data, device=device, dtype=dtype)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,7 +93,9 @@ def check(net: nn.Module, images: Tensor, labels: Tensor, classes: Sequence[str]
     """
     with torch.inference_mode():
         right = (net(images).argmax(1) == labels.to(images.device)).double().mean().item()
-    if right < 2 / len(classes):
+    chance = 1 / len(classes)
+    least = chance + min(3 * math.sqrt(chance * (1 - chance) / len(images)), (1 - chance) / 2)  # three standard errors
+    if right < least:
         raise ValueError(
             f"the teacher recognises {100 * right:.1f} % of {len(images)} real training images, near the"
             f" {100 / len(classes):.3g} % of guessing: is its class order that of the data ({classes[0]},"

@@ -13,11 +13,11 @@ NRR   L_org = CE(T(x), y) + a_bn sum_l (|mean_l - running mean_l| + |var_l - run
 DBR   students learn a mixed image from two numbers, the distances d = -log softmax T(x_mix) at its two labels:
       max(0, d_org^S - r) + max(0, d_aug^S - r) + a_dbr (|d_org^S - d_org| + |d_aug^S - d_aug|)         (Eqs 8-10)
 
-No code was released and the supplement with the settings is not public; what the paper leaves open is a field of
+No code was found and the supplement with the settings was not at hand; what the paper leaves open is a field of
 `Config` with the reason of its default.  Where the paper speaks twice, and what we take:
   CIDD keeps      the lowest confidence (text, Figs 1 and 2), or the lowest cross-entropy (Alg. 1)   -> `confidence`
   tiles           a side of 1/beta (text), of which beta do not fill an image                       -> 1/sqrt(beta)
-  DBR labels      one pair an image (Alg. 1); the 0.2 GB it quotes are one pair an image and epoch  -> whoever trains
+  DBR labels      one pair an image (Alg. 1); the 0.2 GB it quotes are one pair an image and epoch  -> an epoch
 Needs torch; copy this file alone.
 """
 
@@ -112,11 +112,9 @@ PUBLISHED: dict[tuple[str, int | None], dict] = {
     ("digits", None): {"pool": 100},
     **{(name, None): {"patches": 1, "bn_weight": 0.01} for name in ("cifar10", "cifar100")},
     ("tiny-imagenet", None): {"patches": 1, "bn_weight": 0.05},
-    **{(name, None): {"patches": 4, "bn_weight": 0.01} for name in ("imagenette", "imagewoof", "imagenet-1k")},
+    **{(name, None): {"patches": 4, "bn_weight": 0.01} for name in ("imagenette", "imagewoof")},
+    ("imagenet-1k", None): {"bn_weight": 0.01},  # patches by size: the ConvNet's images have 64 px
 }
-
-# What RDED's recipe, which the students follow, has of its own: ends at half the rate; two passes of each batch in one.
-STUDENT = {"schedule": "half-cosine", "bn_momentum": 0.19}
 
 
 # ---------------------------------------------------------------- looking into a teacher
@@ -305,10 +303,31 @@ def confidence(logits: Tensor, label: int, kind: str) -> Tensor:
     return {"max": log_p.amax(1).exp(), "true": log_p[:, label].exp(), "ce_low": -log_p[:, label]}[kind]
 
 
-def _checked(config: Config, size: int, pool: int, sizes: Tensor) -> tuple[int, int]:
-    """Side of a patch and patches that a class needs; ValueError where images of `sizes` [n, 2] cannot give them."""
+@torch.no_grad()
+def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side: int | None = None) -> None:
+    """ValueError that names what cannot work, before any work: a class smaller than the pool, a pool too small for the
+    tiles, patches larger than most images (`side`: their median shorter side), a teacher that lacks a class, BatchNorm
+    or class activation maps at this size.
+
+    labels int64 [N].  The teacher need not be trained yet.
+    """
+    counts, known = torch.bincount(labels.cpu()), classifier_of(teacher).out_features
+    if known != len(counts):
+        raise ValueError(f"the teacher tells {known} classes apart, the images have {len(counts)}; make both the same")
+    batch_norms(teacher)
+    if counts.min() < config.pool:
+        few = int(counts.argmin())
+        raise ValueError(f"pool={config.pool} is more than the {counts[few]} images of class {few}, all it may be")
+    _checked(config, size, config.pool, size if side is None else side)
+    first, was = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d)), teacher.training
+    black = first.weight.new_zeros(1, first.in_channels, size, size)
+    cam(teacher.eval(), black, torch.zeros(1, dtype=torch.long, device=black.device))  # says so where there is none
+    teacher.train(was)
+
+
+def _checked(config: Config, size: int, pool: int, side: int) -> tuple[int, int]:
+    """Side of a patch and patches that a class needs; ValueError where images of this shorter side cannot give them."""
     patch, needed = size // config.factor(size), config.ipc * config.factor(size) ** 2
-    side = int(sizes.amin(1).median())
     if needed > pool * config.kept:
         raise ValueError(
             f"ipc={config.ipc} takes {needed} patches a class; a pool of {pool} images with kept={config.kept} "
@@ -334,7 +353,7 @@ def select(
     """
     device = _ready(teacher)
     sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes.cpu()
-    patch, needed = _checked(config, size, len(images), sizes)
+    patch, needed = _checked(config, size, len(images), int(sizes.amin(1).median()))
     boxes = random_boxes(sizes.repeat_interleave(config.crops, 0), generator, ratio=(1.0, 1.0))
     boxes = boxes.unflatten(0, (-1, config.crops))  # [n, k, 4]
     shift, unit = _channels(mean, std, device)
@@ -707,42 +726,40 @@ def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
 
 @torch.no_grad()
 def discover(
-    images: Tensor, labels: Tensor, teacher: nn.Module, config: Config, *, size: int | None = None,
-    sizes: Tensor | None = None, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator,
+    images: Tensor | Callable[[Tensor], tuple[Tensor, Tensor]], labels: Tensor, teacher: nn.Module, config: Config, *,
+    size: int | None = None, sizes: Tensor | None = None, mean: tuple[float, ...], std: tuple[float, ...],
+    generator: torch.Generator,
 ) -> Tensor:  # fmt: skip
     """CIDD of all classes: the hardest patches that hold what the teacher looks at, put together; arguments as for
     `distill` -> float32 [K*I, C, S, S] in [0, 1], on the CPU."""
-    labels, size = labels.cpu(), size or images.shape[2]
-    counts = torch.bincount(labels)
-    sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes
-    if counts.min() < config.pool:
-        few = int(counts.argmin())
-        raise ValueError(f"pool={config.pool} is more than the {counts[few]} images of class {few}, all it may be")
-    if (known := classifier_of(teacher).out_features) < len(counts):
-        raise ValueError(f"the teacher knows {known} classes, the images have {len(counts)}")
-    batch_norms(teacher)
-    _checked(config, size, config.pool, sizes)
+    labels = labels.cpu()
+    if callable(images):
+        read, side = images, None
+    else:
+        size = size or images.shape[2]
+        sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes
+        read, side = lambda rows: (images[rows], sizes[rows]), int(sizes.amin(1).median())
+    check(config, teacher, labels, size=size, side=side)
     found = []
-    for k in range(len(counts)):
+    for k in range(int(labels.max()) + 1):
         own = (labels == k).nonzero().flatten()
         drawn = own[torch.randperm(len(own), generator=generator)[: config.pool]]
-        patches, _ = select(
-            teacher, images[drawn], sizes[drawn], k, config, size=size, mean=mean, std=std, generator=generator
-        )
+        patches, _ = select(teacher, *read(drawn), k, config, size=size, mean=mean, std=std, generator=generator)
         found.append(stitch(patches, config.factor(size), size).cpu() / 255)
     return torch.cat(found)
 
 
 def distill(
-    images: Tensor, labels: Tensor, teacher: nn.Module, config: Config, *, size: int | None = None,
-    sizes: Tensor | None = None, mean: tuple[float, ...], std: tuple[float, ...], generator: torch.Generator,
-    state: State | None = None, on_step: Callable[[State], None] | None = None,
+    images: Tensor | Callable[[Tensor], tuple[Tensor, Tensor]], labels: Tensor, teacher: nn.Module, config: Config, *,
+    size: int | None = None, sizes: Tensor | None = None, mean: tuple[float, ...], std: tuple[float, ...],
+    generator: torch.Generator, state: State | None = None, on_step: Callable[[State], None] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The whole method on images uint8 [N, C, H, W] and labels int64 [N] (0..K-1), with a trained teacher.
 
-    size: side of the synthetic images, None: H.  sizes: real heights and widths int64 [N, 2] on a padded canvas.
-    Returns images and `before`, their state after CIDD, float32 [K*I, C, S, S] in [0, 1], labels [K*I], and `mask`
-    [K*I, S, S] in [0, 1], M/epsilon of Eq. 4.
+    size: side of the synthetic images, None: H.  sizes: real heights and widths int64 [N, 2] on a padded canvas.  Where
+    the images do not fit into memory, `images` is a function that reads those of some rows, int64 [n] -> (images,
+    sizes), and `size` is given.  Returns images and `before`, their state after CIDD, float32 [K*I, C, S, S] in [0, 1],
+    labels [K*I], and `mask` [K*I, S, S] in [0, 1], M/epsilon of Eq. 4.
     """
     facts = {"mean": mean, "std": std, "generator": generator}
     distilled = torch.arange(int(labels.max()) + 1).repeat_interleave(config.ipc)
@@ -759,11 +776,13 @@ if __name__ == "__main__":
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from common import cli, script
+    from methods import rded
 
     sys.exit(
         cli.guard(
             lambda a: script.run_with_teacher(
-                a, "nrr_dd", Config, PUBLISHED, State.restore, distill, native=True, student=lambda *_: STUDENT
+                a, "nrr_dd", Config, PUBLISHED, State.restore, distill, check=check, native=True, small="convnet3",
+                student=rded.student_recipe,
             ),
             sys.argv[1:],
         )

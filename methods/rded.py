@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "CIFAR100_CONVNET3", "LEARNING_RATES", "PUBLISHED", "Config", "State", "batch_size", "distill", "learning_rate",
-    "pool_of", "resolved", "score", "select", "shuffle_patches", "stitch", "student_recipe",
+    "CIFAR100_CONVNET3", "LEARNING_RATES", "PUBLISHED", "Config", "State", "batch_size", "check", "distill",
+    "learning_rate", "pool_of", "resolved", "score", "select", "shuffle_patches", "stitch", "student_recipe",
 ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ PUBLISHED: dict[tuple[str, int | None], dict] = {
     ("tiny-imagenet", None): {"factor": 1, "crops": 5, "pool": 300},
     ("imagenette", None): {"factor": 2, "crops": 5, "pool": 300},
     ("imagewoof", None): {"factor": 2, "crops": 5, "pool": 300},
-    ("imagenet-1k", None): {"factor": 2, "crops": 5, "pool": 300},
+    ("imagenet-1k", None): {"crops": 5, "pool": 300},  # factor by size: the ConvNet's images have 64 px
 }
 
 
@@ -118,13 +118,12 @@ def _nearest(value: int, *known: int) -> int:
     return min(known, key=lambda n: abs(math.log(n / value)))
 
 
-def student_recipe(dataset: str, classes: int, network: str, size: int, ipc: int) -> dict:
+def student_recipe(dataset: str, classes: int, network: str, factor: int, ipc: int) -> dict:
     """The released evaluation as fields of a recipe: half a cosine, patch shuffle, crops of at least a tile, CutMix.
 
     bn_momentum: the code runs each batch through the student twice, 1 - 0.9^2 in one pass leaves the same statistics.
     Where no batch is published, it is that of the nearest IPC and number of classes.
     """
-    factor = 1 if size < 128 else 2
     batch = batch_size(_nearest(classes, 10, 100, 1000), _nearest(ipc, 1, 10, 50), dataset)
     own = {"batch": min(batch, ipc * classes), "lr": learning_rate(network)}
     if (dataset, network) == ("cifar100", "convnet3"):
@@ -135,24 +134,26 @@ def student_recipe(dataset: str, classes: int, network: str, size: int, ipc: int
     }  # fmt: skip
 
 
+# --- begin shared block: shuffle (a test keeps its copies equal) ---
 def shuffle_patches(images: Tensor, factor: int, generator: torch.Generator) -> Tensor:
-    """Permute the factor column strips of each image, then its factor row strips: [B, C, S, S] -> [B, C, S, S].
+    """Permute the factor column strips of each image, then its factor row strips: [B, C, H, W] -> same shape.
 
-    For factor 2 that reaches 4 of the 24 orders of the tiles.  Strips are as wide as the tiles of `stitch`.
+    For factor 2 that reaches 4 of the 24 orders of the tiles.  Where a side does not divide, the first strips are a
+    pixel wider.
     """
-    if factor == 1:
-        return images
-    size = images.shape[-1]
-    widths = torch.tensor([size // factor + (i < size % factor) for i in range(factor)])
-    strip = torch.arange(factor).repeat_interleave(widths)  # the strip of each pixel [S]
 
-    def pixels() -> Tensor:  # for each image, the old place of each new row or column [B, S]
+    def moved(size: int) -> Tensor:  # for each image, the old place of each new row or column [B, size]
+        widths = torch.tensor([size // factor + (i < size % factor) for i in range(factor)])
+        strip = torch.arange(factor).repeat_interleave(widths)  # the strip of each pixel [size]
         place = torch.rand(len(images), factor, generator=generator).argsort(1)  # new place of each strip [B, f]
         return place[:, strip].argsort(dim=1, stable=True).to(images.device)
 
-    columns, rows = pixels(), pixels()
+    columns, rows = moved(images.shape[3]), moved(images.shape[2])
     images = images.gather(3, columns[:, None, None].expand_as(images))
     return images.gather(2, rows[:, None, :, None].expand_as(images))
+
+
+# --- end shared block ---
 
 
 # ---------------------------------------------------------------- crops
@@ -243,6 +244,25 @@ def resolved(config: Config, size: int) -> Config:
     return replace(config, factor=config.factor or (1 if size < 128 else 2))
 
 
+def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side: int | None = None) -> None:
+    """ValueError that names what cannot work, before any work: a class smaller than the pool, a pool too small for the
+    tiles, patches larger than most images (`side`: their median shorter side), a teacher that lacks a class.
+
+    labels int64 [N].  The teacher need not be trained yet.
+    """
+    config, counts = resolved(config, size), torch.bincount(labels.cpu())
+    for label, available in enumerate(counts.tolist()):
+        _check_pool(config, label, available)
+    if side is not None:
+        _check_side(config, side, size)
+    linear = [m for m in teacher.modules() if isinstance(m, nn.Linear)]
+    if linear and linear[-1].out_features != len(counts):
+        raise ValueError(
+            f"the teacher tells {linear[-1].out_features} classes apart, the images have {len(counts)}; both must be "
+            "the same"
+        )
+
+
 def _check_pool(config: Config, label: int, available: int) -> None:
     """ValueError where a class cannot fill the pool, or the pool cannot fill the tiles (not known at factor 0)."""
     if config.pool > available:
@@ -257,9 +277,9 @@ def _check_pool(config: Config, label: int, available: int) -> None:
         )
 
 
-def _check_sides(config: Config, sizes: Tensor, size: int) -> None:
+def _check_side(config: Config, side: int, size: int) -> None:
     """ValueError where most images are smaller than a patch; a few are enlarged, as the released code does."""
-    patch, side = size // config.factor, int(sizes.amin(1).median())
+    patch = size // config.factor
     if side < patch or patch == 0:
         raise ValueError(
             f"patches of {patch} px (size={size}, factor={config.factor}) cannot be cut from images whose shorter side "
@@ -391,7 +411,7 @@ class State:
 
 
 def distill(
-    images: Tensor,
+    images: Tensor | Callable[[Tensor], tuple[Tensor, Tensor]],
     labels: Tensor,
     teacher: nn.Module,
     config: Config,
@@ -407,26 +427,28 @@ def distill(
     """The whole method on images uint8 [N, C, H, W] and labels int64 [N] (0..K-1), with a trained teacher.
 
     size: side of the distilled images, H by default; crops are cut from images of any size.  sizes: int64 [N, 2],
-    height and width where the images lie on a canvas.  `state` continues an earlier run, `on_step` sees the state
-    after every class.  Returns images float32 [K*I, C, size, size] in [0, 1], truncated to 8 bits, labels [K*I] and
-    scores [K*I*f*f], of class k from row k*I*f*f on, ascending.
+    height and width where the images lie on a canvas.  Where they do not fit into memory, `images` is a function that
+    reads those of some rows, int64 [n] -> (images, sizes), and `size` is given.  `state` continues an earlier run,
+    `on_step` sees the state after every class.  Returns images float32 [K*I, C, size, size] in [0, 1], truncated to 8
+    bits, labels [K*I] and scores [K*I*f*f], of class k from row k*I*f*f on, ascending.
     """
-    size, classes = size or images.shape[2], int(labels.max()) + 1
-    config, sizes = resolved(config, size), _sides(images, sizes)
-    for k, available in enumerate(torch.bincount(labels.cpu(), minlength=classes).tolist()):
-        _check_pool(config, k, available)
-    _check_sides(config, sizes, size)
+    if callable(images):
+        read, side = images, None
+    else:
+        size, sizes = size or images.shape[2], _sides(images, sizes)
+        read, side = lambda rows: (images[rows.to(images.device)], sizes[rows]), int(sizes.amin(1).median())
+    config, classes = resolved(config, size), int(labels.max()) + 1
+    check(config, teacher, labels, size=size, side=side)
     ipc, each = config.ipc, config.ipc * config.factor**2
     if state is None:
-        made = torch.zeros(classes * ipc, images.shape[1], size, size, dtype=torch.uint8)
+        made = torch.zeros(classes * ipc, len(mean), size, size, dtype=torch.uint8)
         state = State(made, torch.zeros(classes * each), generator.get_state())
     generator.set_state(state.generator)
     for k in range(state.number, classes):
         rows = pool_of(labels, k, config, generator)
         patches, scores = select(
-            teacher, images[rows.to(images.device)], sizes[rows], k, config, size=size, mean=mean, std=std,
-            generator=generator,
-        )  # fmt: skip
+            teacher, *read(rows), k, config, size=size, mean=mean, std=std, generator=generator
+        )
         # 1e-3: weights that add up to a little less than 1 must not cost an even area a level.
         state.images[k * ipc : (k + 1) * ipc] = (stitch(patches, config.factor, size) + 1e-3).to(torch.uint8)
         state.scores[k * each : (k + 1) * each] = scores
@@ -447,7 +469,7 @@ if __name__ == "__main__":
     sys.exit(
         cli.guard(
             lambda a: script.run_with_teacher(
-                a, "rded", Config, PUBLISHED, State.restore, distill, native=True, student=student_recipe
+                a, "rded", Config, PUBLISHED, State.restore, distill, check=check, native=True, student=student_recipe
             ),
             sys.argv[1:],
         )

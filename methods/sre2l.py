@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PUBLISHED", "PUBLISHED_CDA", "Config", "RecoverState", "distill", "recover"]
+__all__ = ["PUBLISHED", "PUBLISHED_CDA", "Config", "RecoverState", "check", "distill", "recover"]
 
 
 def _option(default, help: str, **facts):
@@ -66,7 +66,7 @@ class Config:
     )
     crop: bool = _option(True, "random resized crop and flip of the images at each step; not for CIFAR")
     jitter: int = _option(
-        -1, "largest roll of the images; -1: 1/7 of the side (32 at 224 px); 4 at 32 and 64 px", unit="px", minimum=-1
+        -1, "largest roll of the images; -1: 4 up to 64 px, else 1/7 of the side (32 at 224 px)", unit="px", minimum=-1
     )
     jitter_both: bool = _option(False, "roll both ways, as for Tiny-ImageNet, or only down and right")
     batch: int = _option(100, "classes optimised together, one image each", unit="classes", minimum=1)
@@ -392,12 +392,14 @@ def recover(
     `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the
     loss is not finite (looked at every 50 steps).
     """
-    _check(teacher, classes, channels, mean, std)
+    _check(teacher, classes)
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"mean={mean} and std={std} must have one value for each of the {channels} channels")
     device = next(teacher.parameters()).device
     teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     shift, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
     low, high = (-shift / scale).to(device), ((1 - shift) / scale).to(device)
-    jitter = round(size / 7) if config.jitter < 0 else config.jitter
+    jitter = (4 if size <= 64 else round(size / 7)) if config.jitter < 0 else config.jitter
     roll = (-jitter if config.jitter_both else 0, jitter)
     if state is None:
         state = RecoverState(torch.zeros(classes * config.ipc, channels, size, size), generator.get_state())
@@ -452,13 +454,15 @@ def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
     return value
 
 
-def _check(teacher: nn.Module, classes: int, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side: int | None = None) -> None:
+    """ValueError before any work where the teacher has no BatchNorm or other classes than the labels int64 [N]."""
+    _check(teacher, int(labels.max()) + 1)
+
+
+def _check(teacher: nn.Module, classes: int) -> None:
     batch_norms(teacher)  # says so when there is none
-    known = classifier_of(teacher).out_features
-    if known != classes:
+    if (known := classifier_of(teacher).out_features) != classes:
         raise ValueError(f"the teacher tells {known} classes apart, asked for are {classes}; both must be the same")
-    if not len(mean) == len(std) == channels:
-        raise ValueError(f"mean={mean} and std={std} must have one value for each of the {channels} channels")
 
 
 def distill(
@@ -496,6 +500,6 @@ if __name__ == "__main__":
     def main(arguments: list[str]) -> None:
         cda = any(a.startswith("curriculum=") and a != "curriculum=none" for a in arguments)
         published = PUBLISHED_CDA if cda else PUBLISHED
-        script.run_with_teacher(arguments, "sre2l", Config, published, RecoverState.restore, distill)
+        script.run_with_teacher(arguments, "sre2l", Config, published, RecoverState.restore, distill, check=check)
 
     sys.exit(cli.guard(main, sys.argv[1:]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common import teachers
+from common import networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream
 from common.distilled import grid
@@ -99,6 +99,7 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     config = sre2l.Config(**{"precision": lab.precision, **setup.distill})
     train = lab.data(setup.dataset, "train")
     classes = len(train.classes)
+    _check(sre2l, config, setup, train)
 
     def make(teacher: torch.nn.Module, **resumed) -> dict[str, Tensor]:
         images = sre2l.recover(
@@ -114,11 +115,12 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     config = rded.resolved(rded.Config(**{"precision": lab.precision, **setup.distill}), setup.size)
     train = lab.data(setup.dataset, "train")
+    _check(rded, config, setup, train)
 
     def make(teacher: torch.nn.Module, **resumed) -> dict[str, Tensor]:
         made = rded.distill(
-            *_native(train), teacher, config, size=setup.size, sizes=train.sizes, mean=train.mean, std=train.std,
-            generator=rng(0, "rded"), **resumed,
+            _whole(train), train.labels, teacher, config, size=setup.size, sizes=_sizes(train), mean=train.mean,
+            std=train.std, generator=rng(0, "rded"), **resumed,
         )  # fmt: skip
         return {name: made[name] for name in ("images", "labels")}
 
@@ -129,17 +131,21 @@ def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 DISCOVERY = ("ipc", "pool", "crops", "kept", "cam_score", "confidence", "patches", "precision")  # what CIDD reads
 
 
+LABELS = ("boundary_weight",)  # what students alone read
+
+
 def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """The first stage of NRR-DD alone; every refinement of these images starts from it."""
     config = nrr_dd.Config(
         **{k: v for k, v in {"precision": lab.precision, **setup.distill}.items() if k in DISCOVERY}
     )
     train = lab.data(setup.dataset, "train")
+    _check(nrr_dd, config, setup, train)
 
     def make(teacher: torch.nn.Module, **_) -> dict[str, Tensor]:
         images = nrr_dd.discover(
-            *_native(train), teacher, config, size=setup.size, sizes=train.sizes, mean=train.mean, std=train.std,
-            generator=rng(0, "cidd"),
+            _whole(train), train.labels, teacher, config, size=setup.size, sizes=_sizes(train), mean=train.mean,
+            std=train.std, generator=rng(0, "cidd"),
         )  # fmt: skip
         return {"images": images, "labels": torch.arange(len(train.classes)).repeat_interleave(config.ipc)}
 
@@ -149,7 +155,9 @@ def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
 def nrr_dd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """Keeps, of the first classes, the images before refinement and their masks too."""
-    config = nrr_dd.Config(**{"precision": lab.precision, **setup.distill})
+    config = nrr_dd.Config(
+        **{k: v for k, v in {"precision": lab.precision, **setup.distill}.items() if k not in LABELS}
+    )
     train, start = lab.data(setup.dataset, "train"), cidd_images(lab, setup)
     shown = slice(0, SHOWN_CLASSES * config.ipc, config.ipc)
 
@@ -178,7 +186,6 @@ def _with_teacher(
     teacher, train = lab.teacher(setup), lab.data(setup.dataset, "train")
 
     def build(work: Path) -> Product:
-        check_ipc(train, config.ipc)
         net = lab.restored(teacher)
         rows = torch.linspace(0, len(train) - 1, min(CHECKED, len(train))).long()
         views = normalise(_centre(train, rows, setup).to(lab.device), train.mean, train.std)
@@ -193,11 +200,25 @@ def _with_teacher(
     return lab.stage("distill", settings, (teacher, train.fingerprint, *needs), build, cost, what, teacher, *needs)
 
 
-def _native(train: Dataset | Stream) -> tuple[Tensor, Tensor]:
-    """Pixels as they are stored, and labels."""
-    if isinstance(train, Stream):
-        raise ValueError(f"{train.name} is read from disk image by image; methods that cut patches need it in memory")
-    return train.images, train.labels
+def _whole(train: Dataset | Stream) -> Tensor | Callable:
+    """Pixels as they are stored, or what reads those of some rows."""
+    return train.whole if isinstance(train, Stream) else train.images
+
+
+def _sizes(train: Dataset | Stream) -> Tensor | None:
+    return None if isinstance(train, Stream) else train.sizes
+
+
+@functools.cache
+def _untrained(network: str, classes: int, size: int) -> torch.nn.Module:
+    return networks.make(network, classes=classes, size=size, generator=rng(0))
+
+
+def _check(method, config, setup: Setup, train: Dataset | Stream) -> None:
+    """ValueError for a cell that cannot work, when it is planned: no teacher has to be trained first."""
+    side = None if isinstance(train, Stream) else train.short_side
+    net = _untrained(setup.network, len(train.classes), setup.size)
+    method.check(config, net, train.labels, size=setup.size, side=side)
 
 
 def _centre(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:

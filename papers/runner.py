@@ -171,11 +171,11 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
                 timed = cell.metric == "time"
                 stages = [lab.images(setup, cell.algorithm, 0)] if timed else lab.students(cell, setup, seeds)
                 out.append(Planned(cell, setup, tuple(stages)))
-            except (FileNotFoundError, ValueError) as error:
-                missing[setup.dataset] = (
-                    f"missing data: {error}" if isinstance(error, FileNotFoundError) else f"failed: {error}"
-                )
+            except FileNotFoundError as error:
+                missing[setup.dataset] = f"missing data: {error}"
                 out.append(Planned(cell, setup, why=missing[setup.dataset]))
+            except ValueError as error:  # of this cell alone
+                out.append(Planned(cell, setup, why=f"failed: {error}"))
     return out
 
 

@@ -79,7 +79,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
         networks[cell.arch],
         data["run_on"].format(size=size),
         teacher,
-        _student(scale, layers, cell, data["dataset"], networks[cell.arch], size),
+        _student(scale, layers, cell, data["dataset"], networks[cell.arch], 1 if size < 128 else 2),
         _distill(layers, cell, data["dataset"], scale.get("method", "wmdd")),
         cell.label_regime,
         scale.get("labels", "stored"),
@@ -97,10 +97,10 @@ def _distill(layers: list[Mapping], cell: Cell, dataset: str, method: str) -> di
     return merged(*rows, cell.distill, {"ipc": cell.ipc})
 
 
-def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, network: str, size: int) -> Recipe:
+def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, network: str, factor: int) -> Recipe:
     base: dict = {}
     if scale.get("protocol") == "rded-2024":
-        base = rded.student_recipe(dataset, info(dataset).classes, network, size, cell.ipc)
+        base = rded.student_recipe(dataset, info(dataset).classes, network, factor, cell.ipc)
         if cell.algorithm not in STITCHED:
             base |= {"shuffle": 1}
     own = scale.get("architectures", {}).get(cell.arch)

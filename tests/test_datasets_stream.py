@@ -40,6 +40,15 @@ def test_stream_center_views_are_those_of_the_set_in_memory(pair):
     assert (images.int() - data.center(64, order).int()).abs().max() <= 1
 
 
+def test_whole_images_are_those_of_the_set_in_memory(pair):
+    data, stream = pair
+    order = torch.tensor([3, 15, 0])
+    canvas, sizes = stream.whole(order)
+    assert torch.equal(sizes, data.sizes[order])
+    height, width = sizes.amax(0).tolist()
+    assert torch.equal(canvas, data.images[order, :, :height, :width])
+
+
 def test_stream_random_views_depend_on_seed_epoch_and_image_alone(pair):
     _, stream = pair
     asked = {"size": 32, "view": "random", "seed": 1, "epoch": 2}

@@ -46,7 +46,7 @@ OWN = {"OH": -15, "CL": -5, "DBR": -10, "DBR+LR": -4}
 
 
 def value_of(cell):
-    sweep = float(cell.setting.split()[-1]) if cell.table in ("figure_epsilon", "figure_steps") else 0
+    sweep = float(cell.setting.split()[-1]) if cell.table in ("figure_epsilon", "figure_steps", "figure_weight") else 0
     hard = -10 if cell.label_regime == "hard" and cell.table == "table1" else 0
     return BASE[cell.method] + OWN.get(cell.setting, 0) + cell.ipc / 2 + hard + sweep / 100
 
@@ -121,7 +121,7 @@ def test_figure1_has_a_row_a_method_at_one_data_set_network_and_ipc(smoke):
         assert figure.axes[10 * row].get_ylabel() == method
         for k in range(10):
             assert torch.equal(shown(figure.axes[10 * row + k]), made[method, "ResNet-18", 10][10 * k])
-    assert "digits, 32 px, slim networks, IPC 10, made with ResNet-18" in captions(figure)
+    assert "digits, 16 px, slim networks, IPC 10, made with ResNet-18" in captions(figure)
     assert "Scale smoke: not comparable with print" in captions(figure)
 
 
@@ -172,7 +172,7 @@ def test_label_types_have_a_line_each_and_a_panel_for_each_network_and_data_set(
         assert bars == pytest.approx([2 * 0.5**0.5] * 3)  # one standard deviation of two seeds, up and down
     words = captions(figure)
     assert figure.get_supylabel() == "top-1 accuracy (%)" and figure.axes[0].get_xscale() == "log"
-    assert "digits, 32 px" in words and "over 2 student seeds" in words and "not comparable with print" in words
+    assert "digits, 16 px" in words and "over 2 student seeds" in words and "not comparable with print" in words
 
 
 def test_random_images_stand_beside_every_method_under_both_labels(smoke):
@@ -194,7 +194,7 @@ def test_comparable_scales_do_not_call_themselves_incomparable(smoke, monkeypatc
     assert "not comparable" not in captions(figures.figure_labels(smoke))
 
 
-@pytest.mark.parametrize(("name", "scale"), [("epsilon", "linear"), ("steps", "symlog")])
+@pytest.mark.parametrize(("name", "scale"), [("epsilon", "linear"), ("steps", "symlog"), ("weight", "linear")])
 def test_sweeps_are_drawn_over_their_number_with_rded_as_a_level(smoke, name, scale):
     numbers = [float(p.cell.setting.split()[1]) for p in planned_of(smoke, f"figure_{name}")]
     assert len(numbers) > 3 and numbers == sorted(numbers)
@@ -386,3 +386,11 @@ def test_quirks_have_no_long_lines_outside_tables_and_no_sign_of_a_machine():
     text = Path(ROOT, "nrr_dd", "quirks.md").read_text(encoding="utf-8")
     assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("|"))
     assert "/tmp" not in text and "/home" not in text
+
+
+def test_the_storage_table_computes_the_claims_of_the_paper(smoke):
+    rows = [line.strip("| ").split(" | ") for line in figures.storage_table(smoke).splitlines()[2:] if "x |" in line]
+    found = {(row[0], row[1]): row for row in rows}
+    assert found["ImageNet-1K", "200"][3:6] == ["120 GB", "240 MB", "500x"]
+    assert found["ImageNette", "10"][5] == "5x" and found["ImageNet-1K", "50"][6] == "69.8x"
+    assert float(found["ImageNette", "50"][7].rstrip("x")) < 1.1  # the images weigh more than either kind of label

@@ -573,7 +573,7 @@ def test_too_little_data_is_named_before_any_forward(real, settings, size, words
 def test_teachers_that_do_not_fit_are_named(real):
     with pytest.raises(ValueError, match="no BatchNorm2d"):
         distill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, 4)), real, QUICK)
-    with pytest.raises(ValueError, match="knows 4 classes, the images have 12"):
+    with pytest.raises(ValueError, match="tells 4 classes apart, the images have 12"):
         distill(Small(), (real[0], torch.arange(48) % 12), replace(QUICK, pool=4))
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 from common import networks, teachers
 from common.augment import rng
-from common.datasets import load
+from common.datasets import info, load
 from common.views import Recipe, normalise
-from papers import runner, setups
-from papers.plan import load_paper
+from methods import nrr_dd, rded, sre2l
+from papers import image_stages, runner, setups, stages
+from papers.plan import SCALES, load_paper
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = load_paper("nrr_dd")
@@ -84,6 +86,61 @@ def test_a_teacher_of_another_class_order_is_named():
         teachers.check(net.eval(), views, labels, data.classes)
 
 
+def test_two_classes_need_no_perfect_teacher():
+    labels = torch.arange(200) % 2
+    oracle = type("Oracle", (torch.nn.Module,), {"forward": lambda self, x: self.answers})()
+    for wrong, fine in ((20, True), (90, False)):
+        answers = torch.where(torch.arange(200) < wrong, 1 - labels, labels)
+        oracle.answers = torch.nn.functional.one_hot(answers, 2).float()
+        if fine:
+            teachers.check(oracle, torch.zeros(200, 3, 8, 8), labels, ("a", "b"))
+        else:
+            with pytest.raises(ValueError, match=r"recognises 55\.0 %"):
+                teachers.check(oracle, torch.zeros(200, 3, 8, 8), labels, ("a", "b"))
+
+
+def test_the_epochs_that_rdeds_code_tests():
+    assert stages.tested_epochs(Recipe(name="rded-2024", epochs=300)) == {249, 259, 269, 279, 289, 299}
+    assert stages.tested_epochs(Recipe(name="rded-2024", epochs=40)) == {39}
+    assert stages.tested_epochs(Recipe(epochs=300)) == set()
+
+
+METHODS = {"sre2l": sre2l, "cda": sre2l, "rded": rded, "cidd": nrr_dd, "nrr_dd": nrr_dd}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paper", ["nrr_dd", "wmdd"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_no_cell_is_planned_that_cannot_work(paper, scale):
+    """Pools, patches, class activation maps and BatchNorm of every cell, on the sizes of the published sets."""
+    loaded, seen = load_paper(paper), set()
+    for cell in loaded.cells_at(scale):
+        method = METHODS.get(cell.algorithm)
+        found = setups.setup_of(loaded.scales[scale], cell)
+        if method is None or found is None:
+            continue
+        facts = info(found.dataset)
+        config = method.Config(**found.distill)
+        key = (method, config, found.network, found.size, facts.classes)
+        if key in seen:
+            continue
+        seen.add(key)
+        each = 140 if found.dataset == "digits" else min(next(iter(facts.counts.values()))[0] // facts.classes, 500)
+        labels = torch.arange(facts.classes).repeat_interleave(each)
+        net = image_stages._untrained(found.network, facts.classes, found.size)
+        method.check(config, net, labels, size=found.size, side=facts.size or 300)
+    assert seen
+
+
+def test_curricula_roll_as_far_as_their_neighbours():
+    wmdd = load_paper("wmdd")
+    cells = {c.id: c for c in wmdd.cells_at("paper")}
+    for method in ("sre2l", "cda"):
+        cell = cells[f"table1/tiny-imagenet/{method}/resnet-18/10/soft"]
+        distill = setups.setup_of(wmdd.scales["paper"], cell).distill
+        assert distill["jitter"] == -1 and not distill.get("jitter_both"), method  # 32 px at 224, not 4
+
+
 # ---------------------------------------------------------------- a part of the smoke run
 
 
@@ -134,6 +191,19 @@ def test_tables_name_what_was_made(smoke):
     assert (smoke.folder / "figure3.png").stat().st_size > 0 and (smoke.folder / "figure_storage.png").is_file()
 
 
+@pytest.mark.slow
+def test_labels_stored_recomputed_and_online(smoke):
+    """Stored and recomputed labels give the same student; a student online has views of its own."""
+    (planned,) = (p for p in smoke.planned if p.cell.id == "table1/cifar-10/rded/convnet/10/soft")
+    images = smoke.lab.images(planned.setup, "rded", 0)
+    accuracies = {}
+    for labels in ("stored", "recomputed", "online"):
+        student = replace(planned.setup.student, epochs=10)
+        stages = [smoke.lab.student(replace(planned.setup, labels=labels, student=student), images, s) for s in (0, 1)]
+        accuracies[labels] = [smoke.lab.entry(stage).meta["losses"][0][1] for stage in stages]
+    assert accuracies["stored"] == accuracies["recomputed"] != accuracies["online"]
+
+
 # ---------------------------------------------------------------- one method alone
 
 
@@ -155,6 +225,23 @@ def test_an_unknown_student_of_rded_is_named_before_any_work(tmp_path):
     command = [sys.executable, str(ROOT / "methods" / "rded.py"), "dataset=digits", "network=mlp", "device=cpu"]
     done = subprocess.run([*command, f"store={tmp_path}/runs"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "no learning rate is published for student='mlp'" in done.stderr
+    assert not (tmp_path / "runs" / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("sre2l", ["network=lenet"], "no BatchNorm2d"),
+        ("rded", ["pool=1000"], "pool=1000 is more than the 142 images of class 0"),
+        ("rded", ["size=128", "pool=100", "factor=2"], "patches of 64 px"),
+        ("nrr_dd", ["network=resnet18"], "no class activation map"),
+        ("nrr_dd", ["ipc=101"], "a pool of 100 images"),
+    ],
+)
+def test_what_cannot_work_is_named_before_a_teacher_is_trained(method, settings, words, tmp_path):
+    command = [sys.executable, str(ROOT / "methods" / f"{method}.py"), "dataset=digits", *settings, "device=cpu"]
+    done = subprocess.run([*command, f"store={tmp_path}/runs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and words in done.stderr, done.stderr
     assert not (tmp_path / "runs" / "teacher").exists()
 
 

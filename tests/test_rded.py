@@ -322,7 +322,7 @@ def test_published_settings_are_settings():
     names = {f.name for f in fields(Config)}
     for (dataset, _), row in rded.PUBLISHED.items():
         assert set(row) <= names and Config(**row)
-        assert row.get("factor", 0) == {"digits": 0, "cifar10": 1, "cifar100": 1, "tiny-imagenet": 1}.get(dataset, 2)
+        assert row.get("factor", 0) == {"imagenette": 2, "imagewoof": 2, "digits": 0, "imagenet-1k": 0}.get(dataset, 1)
     assert rded.PUBLISHED["tiny-imagenet", None]["factor"] == 1 and rded.PUBLISHED["imagenette", None]["factor"] == 2
 
 
@@ -452,7 +452,7 @@ def test_a_few_small_images_are_enlarged(teacher, real):
 
 
 def test_a_class_that_the_teacher_lacks_is_named(real):
-    with pytest.raises(ValueError, match="label=3 is none of the 3 classes of the teacher"):
+    with pytest.raises(ValueError, match="tells 3 classes apart, the images have 4"):
         distill(Small(classes=3), real, QUICK)
 
 
@@ -486,11 +486,23 @@ def test_the_file_runs_alone(tmp_path):
 
 
 def test_the_students_recipe_is_the_released_one():
-    recipe = rded.student_recipe("imagenette", 10, "resnet18", 224, 10)
+    recipe = rded.student_recipe("imagenette", 10, "resnet18", 2, 10)
     assert recipe["batch"] == 50 and recipe["lr"] == 1e-3 and recipe["shuffle"] == 2 and recipe["crop"] == 0.5
     assert (recipe["epochs"], recipe["schedule"], recipe["bn_momentum"]) == (300, "half-cosine", 0.19)
-    small = rded.student_recipe("cifar10", 10, "convnet3", 32, 50)
+    small = rded.student_recipe("cifar10", 10, "convnet3", 1, 50)
     assert (small["batch"], small["shuffle"], small["crop"]) == (100, 1, 1.0)
-    assert rded.student_recipe("cifar100", 100, "convnet3", 32, 1)["batch"] == 25
-    assert rded.student_recipe("cifar100", 100, "resnet18-mod", 32, 1)["batch"] == 20
-    assert rded.student_recipe("mine", 7, "resnet18", 64, 5)["batch"] == 35  # nearest: 10 classes, IPC 10
+    assert rded.student_recipe("cifar100", 100, "convnet3", 1, 1)["batch"] == 25
+    assert rded.student_recipe("cifar100", 100, "resnet18-mod", 1, 1)["batch"] == 20
+    assert rded.student_recipe("mine", 7, "resnet18", 1, 5)["batch"] == 35  # nearest: 10 classes, IPC 10
+
+
+def test_images_may_be_read_class_by_class(teacher, real):
+    images, labels = real
+    asked = []
+
+    def read(rows):
+        asked.append(len(rows))
+        return images[rows], torch.tensor(images.shape[2:]).expand(len(rows), 2)
+
+    lazy, whole = distill(teacher, (read, labels), QUICK, size=32), distill(teacher, real, QUICK)
+    assert torch.equal(lazy["images"], whole["images"]) and asked == [QUICK.pool] * 4

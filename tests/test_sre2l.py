@@ -107,7 +107,7 @@ def test_rolls_stay_between_their_bounds(roll):
     assert {v[:5] for v in views} == {(0, 0, 32, 32, False)}  # no crop, no flip
 
 
-@pytest.mark.parametrize(("both", "jitter", "bounds"), [(False, -1, (0, 2)), (True, 5, (-5, 5)), (False, 0, (0, 0))])
+@pytest.mark.parametrize(("both", "jitter", "bounds"), [(False, -1, (0, 4)), (True, 5, (-5, 5)), (False, 0, (0, 0))])
 def test_the_roll_of_a_run_is_the_configured_one(teacher, monkeypatch, both, jitter, bounds):
     asked, draw = [], sre2l.random_view
     monkeypatch.setattr(sre2l, "random_view", lambda *a: asked.append(a[1:3]) or draw(*a))

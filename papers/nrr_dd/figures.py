@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "figure1", "figure3", "figure_epsilon", "figure_labels", "figure_random", "figure_steps", "figure_storage",
+    "figure_weight",
 ]  # fmt: skip
 
 METHODS = ("SRe2L", "RDED", "NRR-DD")
@@ -154,6 +155,12 @@ def figure_steps(run: Run) -> Figure | None:
     return _sweep(run, "figure_steps", "refinement steps (log scale above 10)", words, linear_to=10)
 
 
+def figure_weight(run: Run) -> Figure | None:
+    """Beyond the paper: accuracy over the weight of the distances in the student's loss, Eq. 9."""
+    words = "alpha of the distance loss (Eq. 9), on the same images; above 1 the teacher's distances win over the hinge"
+    return _sweep(run, "figure_weight", "weight of the distances, α (no unit)", words)
+
+
 # ---------------------------------------------------------------- storage
 
 
@@ -165,6 +172,28 @@ def storage(classes: int, ipc: int, epochs: int, size: int) -> dict[str, int]:
         "distance pairs": images * epochs * 2 * 2,
         "images": images * 3 * size**2,
     }
+
+
+REPLAY = 25  # bytes a sample of crop, flip and partner in SRe2L's label files; a seed takes none here
+TEACHER = 4 * 11_689_512  # bytes of a ResNet-18 for 1,000 classes in fp32
+
+
+def storage_table(run: Run, ipcs: Sequence[int] = (10, 50, 200)) -> str:
+    """Markdown: bytes by formula for the printed data sets, and how many times less the distances are, three ways."""
+    heads = ("data set", "IPC", "images", "soft labels", "distances", "labels alone", "with replay records",
+             "with the images")  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, own in run.paper.scales["paper"]["data"].items():
+        for ipc in ipcs:
+            classes = info(own["dataset"]).classes
+            found = storage(classes, ipc, EPOCHS, own["size"])
+            soft, pairs, images = found["soft labels"], found["distance pairs"], found["images"]
+            record = classes * ipc * EPOCHS * REPLAY
+            factors = (soft / pairs, (soft + record) / (pairs + record), (soft + images) / (pairs + images))
+            cells = [name, str(ipc), *(_size(v) for v in (images, soft, pairs)), *(f"{f:.3g}x" for f in factors)]
+            lines.append("| " + " | ".join(cells) + " |")
+    facts = f"{EPOCHS} epochs, fp16 labels, images as bytes of pixels."
+    return "\n".join([*lines, "", f"{facts} A ResNet-18 teacher, which can give its labels again: {_size(TEACHER)}."])
 
 
 def figure_storage(run: Run) -> Figure:
