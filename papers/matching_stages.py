@@ -18,7 +18,7 @@ from papers.plan import Cell, merged
 if TYPE_CHECKING:
     from papers.stages import Lab, Stage
 
-__all__ = ["ALGORITHMS", "MatchingSetup", "images", "matching_setup", "run_on", "setting_of", "students"]
+__all__ = ["ALGORITHMS", "MatchingSetup", "images", "matching_setup", "setting_of", "students"]
 
 RANDOM = "random-subset"  # real images drawn at random, tested by a protocol of the matching papers
 ALGORITHMS: dict[str, ModuleType | None] = {
@@ -83,12 +83,6 @@ def _setting(lab: Lab, dataset: str, size: int, network: str, zca: bool) -> matc
 
 def setting_of(lab: Lab, setup: MatchingSetup) -> matching.Setting:
     return _setting(lab, setup.dataset, setup.size, setup.network, bool(setup.distill.get("zca", False)))
-
-
-def run_on(lab: Lab, setup: MatchingSetup) -> str:
-    """What to say beside a number: CIFAR and SVHN kept as JPEG files are not the published sets."""
-    lossy = setup.dataset in ("cifar10", "cifar100", "svhn") and "JPEG files" in setting_of(lab, setup).train.note
-    return f"{setup.run_on} kept as JPEG files" if lossy else setup.run_on
 
 
 def _config(lab: Lab, setup: MatchingSetup, algorithm: str):

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end o
 
 def results(tables: Path) -> str:
     """All results that the README shows, as Markdown."""
-    return "\n\n".join(filter(None, (wmdd(tables), matching(tables))))
+    return "\n\n".join(filter(None, (wmdd(tables), matching(tables), nrr_dd(tables))))
 
 
 def matching(tables: Path) -> str:
@@ -42,6 +42,38 @@ def matching(tables: Path) -> str:
     facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
     what = "Top-1 accuracy in percent, last iterate and last epoch, mean ± standard deviation (students)"
     return "\n".join([*lines, "", f"{what}; {facts}."])
+
+
+def nrr_dd(tables: Path) -> str:
+    """Table 1 of NRR-DD on CIFAR-10 with the ConvNet at scale small; empty before the first result."""
+    cells = [c for c in load_cells(tables / "nrr_dd" / "small" / "cells") if c["table"] in ("table1", "table2")]
+    cells = [c for c in cells if (c["dataset"], c["arch"]) == ("CIFAR-10", "ConvNet")]
+    if not cells:
+        return ""
+    reported = load_reported(ROOT / "nrr_dd" / "reported.csv")
+    printed = {
+        (r["method"], r["ipc"]): f"{r['value']} ± {r['std']}"
+        for r in reported if (r["table"], r["dataset"], r["arch"]) == ("table1", "CIFAR-10", "ConvNet")
+    }  # fmt: skip
+    found = {}
+    for cell in cells:
+        kind = "DBR+LR" if cell["setting"] == "DBR+LR" else cell["label_regime"]
+        found[cell["method"], cell["ipc"], kind] = cell
+    ipcs = sorted({ipc for _, ipc, _ in found})
+    kinds = {"soft": "soft", "hard": "hard", "DBR+LR": "two distances"}
+    heads = ["method", *(f"IPC {ipc}, {words}" for ipc in ipcs for words in (*kinds.values(), "soft as printed"))]
+    lines = ["`paper=nrr_dd scale=small`, CIFAR-10, ConvNet, students on three kinds of label:", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for method in (RANDOM, "SRe2L", "RDED", "NRR-DD"):
+        row = [method]
+        for ipc in ipcs:
+            own = {kind: found.get((method, ipc, kind)) for kind in kinds}
+            row += [spread(cell) if cell else "-" for cell in own.values()] + [printed.get((method, ipc), "-")]
+        lines.append("| " + " | ".join(row) + " |")
+    teacher = sorted({f"{c['teacher_accuracy']:.1f} %" for c in cells if c["teacher_accuracy"]})
+    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
+    what = "Top-1 accuracy in percent, last epoch, mean ± standard deviation (students)"
+    return "\n".join([*lines, "", f"{what}; teacher {', '.join(teacher)}; {facts}."])
 
 
 def spread(cell: dict) -> str:

@@ -218,8 +218,11 @@ class Lab:
         return self.stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)
 
     def run_on(self, setup: Setup | MatchingSetup) -> str:
-        """What a number was made with, to be said beside it."""
-        return matching_stages.run_on(self, setup) if isinstance(setup, MatchingSetup) else setup.run_on
+        """What a number was made with, to be said beside it: CIFAR and SVHN kept as JPEG are not the published sets."""
+        matching = isinstance(setup, MatchingSetup)
+        train = matching_stages.setting_of(self, setup).train if matching else self.data(setup.dataset, "train")
+        lossy = setup.dataset in ("cifar10", "cifar100", "svhn") and "JPEG files" in train.note
+        return f"{setup.run_on} kept as JPEG files" if lossy else setup.run_on
 
     def students(self, cell: Cell, setup: Setup | MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
         """The last stages of a cell: their results hold one accuracy for each seed."""
