@@ -1,6 +1,7 @@
 """The matching methods as a user meets them: the paper's plan and smoke run, one method's script, the kept sets."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -124,6 +125,9 @@ def test_a_method_alone(tmp_path):
     assert re.search(r"students: \d+\.\d\d ± \d+\.\d\d % on 360 test images \(2 students, protocol mixing", done.stdout)
     made = load(tmp_path / "out" / "dm_digits_ipc1.safetensors")
     assert made.images.shape == (10, 1, 32, 32) and made.settings["config"]["iterations"] == 3
+    metas = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/*/meta.json")]
+    stages = [meta for meta in metas if "seconds" in meta]  # a paper's run may find them: with the facts it reads
+    assert len(stages) == 2 and all({"finished", "made", "peak_memory_bytes"} <= meta.keys() for meta in stages)
 
 
 @pytest.mark.parametrize("method", ["dc", "dsa", "dm", "mtt"])

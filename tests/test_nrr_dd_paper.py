@@ -1,5 +1,6 @@
 """The NRR-DD paper as a user meets it: settings of its cells, label types, a part of the smoke run, scripts alone."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -210,15 +211,16 @@ def test_labels_stored_recomputed_and_online(smoke):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sre2l", "rded", "nrr_dd"])
 def test_a_method_alone(method, tmp_path):
-    settings = ["dataset=digits", "ipc=1", "size=16", "network=convnet2", "teacher_epochs=2", "student_epochs=2"]
+    settings = ["dataset=digits", "ipc=1", "size=16", "network=convnet3", "teacher_epochs=2", "student_epochs=2"]
     settings += [] if method == "rded" else ["iterations=3"]
-    if method == "rded":
-        settings[3] = "network=convnet3"
     command = [sys.executable, str(ROOT / "methods" / f"{method}.py"), *settings, f"out={tmp_path}", "device=cpu"]
     done = subprocess.run([*command, f"store={tmp_path}/runs"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "teacher: " in done.stdout and "student: " in done.stdout
     assert (tmp_path / f"{method}_digits_ipc1.safetensors").is_file()
+    metas = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/*/meta.json")]
+    assert len(metas) == 3  # teacher, images, student: with the facts that a paper's run reads
+    assert all({"seconds", "finished", "made", "peak_memory_bytes"} <= meta.keys() for meta in metas)
 
 
 def test_an_unknown_student_of_rded_is_named_before_any_work(tmp_path):
