@@ -76,7 +76,7 @@ class Config:
     threshold: float = _option(math.log(2), "r in Eqs 9 and 12; ln 2 is the least that two labels can meet together, "
                                "as 2 exp(-r) <= 1", minimum=0)
     boundary_weight: float = _option(2.0, "alpha_dbr in Eq. 9; at 1 the loss is flat between r and the teacher's "
-                                     "distance, below 1 the teacher is ignored; 10 was worse on digits", minimum=0)
+                                     "distance, below 1 the teacher is ignored", minimum=0)
     precision: str = _option("fp32", "arithmetic of the convolutions", "bf16", "fp32")
     compile: bool = _option(False, "compile the step (needs a C++ compiler on a CPU)")
     # fmt: on
