@@ -17,7 +17,7 @@ from methods import rded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NETWORK, SIZE, IMAGES = "resnet18", 224, 20
-CONFIG = rded.Config(ipc=1, pool=IMAGES)
+CONFIG = rded.Config(factor=2, ipc=1, pool=IMAGES)
 OURS = {  # form -> settings
     "ours, fp32": {"precision": "fp32"},
     "ours, fp32, compiled": {"precision": "fp32", "compile": True},
