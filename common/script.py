@@ -182,7 +182,8 @@ def run_with_teacher(
 
     published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of
     the method.  distill: the method's function; native: it cuts its own views from whole images (`size`, `sizes`).
-    check: (config, untrained teacher, labels, size=, side=) raises for what cannot work.  small: the network below 128
+    check: (config, untrained teacher, labels, size=, side=) raises for what cannot work; a trained teacher near chance
+    is refused then too.  small: the network below 128
     px, ResNet-18 else.  student: (dataset, classes, network, factor, ipc) -> the method's own fields of the recipe.
     """
     args, config, device = _parse(argv, name, WithTeacher, config_class, published)
@@ -218,9 +219,10 @@ def run_with_teacher(
     teacher = teachers.restore(entry.tensors(), args.network, len(train.classes), size).to(device)
     print(f"teacher: {entry.meta['accuracy']:.2f} % on {len(test)} test images", flush=True)
 
-    rows = torch.linspace(0, len(train) - 1, min(200, len(train))).long()
-    seen = normalise(views[rows].to(device), train.mean, train.std)
-    teachers.check(teacher, seen, train.labels[rows], train.classes)
+    if check is not None:
+        rows = torch.linspace(0, len(train) - 1, min(200, len(train))).long()
+        seen = normalise(views[rows].to(device), train.mean, train.std)
+        teachers.check(teacher, seen, train.labels[rows], train.classes)
     if native:
         views, distill = train.images, partial(distill, size=size, sizes=train.sizes)
     made = store.make(

@@ -157,7 +157,7 @@ def test_figures_of_another_paper_are_looked_for_in_its_own_folder(smoke, capsys
 
 
 @pytest.mark.parametrize(
-    ("name", "table", "lines"), [("figure4", "figure4", 2), ("figure5a", "figure5a", 1), ("figure_labels", "table1", 4)]
+    ("name", "table", "lines"), [("figure4", "figure4", 2), ("figure5a", "figure5a", 1), ("figure_labels", "table1", 6)]
 )
 def test_curves_show_means_and_deviations_and_say_what_they_were_run_on(smoke, name, table, lines):
     fill(smoke, table)

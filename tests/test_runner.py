@@ -19,7 +19,7 @@ from papers import runner
 from papers.plan import Cell, load_paper, select
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMN = "only=table1/imagenette/soft"
+COLUMN = "only=table1/imagenette/random/soft,table1/imagenette/wmdd/soft"
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_missing_data_is_said_and_nothing_runs(tmp_path):
 def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path, capsys):
     runner.run(arguments(tmp_path, "dry_run=true", "only=table1/imagenette/10"))
     text = capsys.readouterr().out
-    assert "4 cells to run" in text and "stages to run, about" in text
+    assert "6 cells to run" in text and "stages to run, about" in text
     assert not list(tmp_path.glob("runs/*/*/manifest.json")) and not (tmp_path / "tables").exists()
 
 
@@ -194,12 +194,15 @@ def test_wrong_arguments_name_what_is_allowed(argument, words, capsys):
 def test_patterns_match_parts_in_order():
     cells = load_paper("wmdd").cells_at("smoke")
     assert {c.id for c in select(cells, ["table1/imagenette/10"])} == {
-        f"table1/imagenette/{m}/resnet-18/10/{r}" for m in ("random", "wmdd") for r in ("soft", "hard")
+        *(f"table1/imagenette/{m}/resnet-18/10/{r}" for m in ("random", "wmdd") for r in ("soft", "hard")),
+        *(f"table1/imagenette/{m}/resnet-18/10/soft" for m in ("sre2l", "rded")),
     }
     assert all(c.ipc == 1 for c in select(cells, ["table1/1"]))
     assert len(select(cells, [], ["table*", "figure*"])) == 0
     with pytest.raises(ValueError, match="figure9"):
         select(cells, ["figure9"])
+    steps = load_paper("nrr_dd").cells_at("smoke")
+    assert select(steps, ["figure_steps"]) == select(steps, ["figure-steps"]) != []  # ids have no underscore
 
 
 def test_every_cell_of_every_scale_has_settings():

@@ -164,7 +164,7 @@ def figure5b(run: Run) -> Figure | None:
 
 
 def figure_labels(run: Run) -> Figure | None:
-    """Beyond the paper: WMDD and random real images over IPC, both under soft and under hard labels."""
+    """Beyond the paper: distilled and random real images over IPC, under soft and under hard labels."""
     data = drawing.values(run, "table1")
     if data is None:
         return None
@@ -184,7 +184,7 @@ def figure_labels(run: Run) -> Figure | None:
     figure.supxlabel(drawing.IPC_AXIS, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     text = (
-        "Student accuracy on the test images of the set each column was run on: WMDD images and random real images, the"
+        "Student accuracy on the test images of the set each column was run on: distilled and random real images, the"
         f" same recipe, trained on the teacher's soft labels or on hard labels. {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run)
