@@ -154,7 +154,7 @@ def test_figure3_reads_the_activation_out_of_the_mask(smoke):
 
 
 def test_figure3_does_not_take_images_of_cidd_for_refined_ones(smoke):
-    (planned,) = planned_of(smoke, "table4", dataset="CIFAR-10", method="CIDD", arch="ConvNet")
+    (planned,) = planned_of(smoke, "table4", dataset="CIFAR-10", method="CIDD", setting="", arch="ConvNet")
     keep(smoke, planned, {"images": torch.rand(100, 3, 8, 8)}, classes=[str(k) for k in range(10)])
     assert figures.figure3(smoke) is None
 
