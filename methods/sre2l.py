@@ -180,8 +180,12 @@ class _Moments(torch.autograd.Function):
 # --- end shared block ---
 
 
+# --- begin shared block: norm (a test keeps its copies equal) ---
 def _norm(x: Tensor) -> Tensor:  # [..., D] -> [...]; smooth at 0
     return (x.square().sum(-1) + 1e-12).sqrt()
+
+
+# --- end shared block ---
 
 
 def bn_gap(bn: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
@@ -336,6 +340,7 @@ def objective(view: Tensor, logits: Tensor, gaps: list[Tensor], labels: Tensor, 
     return loss
 
 
+# --- begin shared block: recover_state (a test keeps its copies equal) ---
 @dataclass
 class RecoverState:
     """Where a recover run stands; `tensors()` is all that is needed to continue it bit for bit."""
@@ -367,6 +372,9 @@ class RecoverState:
         if "first" in tensors:
             state.live = (torch.empty(0), tensors["first"], tensors["second"])
         return state
+
+
+# --- end shared block ---
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -444,6 +452,7 @@ def recover(
     return (shift + state.images * scale).clamp(0, 1)
 
 
+# --- begin shared block: finite (a test keeps its copies equal) ---
 def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
     value = loss.item()
     if not math.isfinite(value):
@@ -452,6 +461,9 @@ def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
             f"bn_weight={config.bn_weight}); the last good state is kept; try a smaller lr or precision=fp32"
         )
     return value
+
+
+# --- end shared block ---
 
 
 def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side: int | None = None) -> None:

@@ -518,8 +518,12 @@ class Targets:
         return max(self.groups, len(self.mean[0]))
 
 
+# --- begin shared block: norm (a test keeps its copies equal) ---
 def _norm(x: Tensor) -> Tensor:  # [..., D] -> [...]; smooth at 0
     return (x.square().sum(-1) + 1e-12).sqrt()
+
+
+# --- end shared block ---
 
 
 def objective(logits: Tensor, feature: Tensor, moments: list, target: Targets, config: Config) -> Tensor:
@@ -543,6 +547,7 @@ def objective(logits: Tensor, feature: Tensor, moments: list, target: Targets, c
     return loss
 
 
+# --- begin shared block: recover_state (a test keeps its copies equal) ---
 @dataclass
 class RecoverState:
     """Where a recover run stands; `tensors()` is all that is needed to continue it bit for bit."""
@@ -574,6 +579,9 @@ class RecoverState:
         if "first" in tensors:
             state.live = (torch.empty(0), tensors["first"], tensors["second"])
         return state
+
+
+# --- end shared block ---
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -672,6 +680,7 @@ def recover(
     return pixels.clamp(0, 1)
 
 
+# --- begin shared block: finite (a test keeps its copies equal) ---
 def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
     value = loss.item()
     if not math.isfinite(value):
@@ -680,6 +689,9 @@ def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
             f"bn_weight={config.bn_weight}); the last good state is kept; try a smaller lr or precision=fp32"
         )
     return value
+
+
+# --- end shared block ---
 
 
 def distill(

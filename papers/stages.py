@@ -264,9 +264,5 @@ def _loss(setup: Setup) -> Loss | None:
         temperature = setup.student.temperature
         return lambda logits, kept, y, partner: kd_loss(logits, nrr_dd.compact_labels(kept, temperature), temperature)
     if setup.regime == "boundary":
-        return functools.partial(_boundary, **boundary_settings(setup))
+        return functools.partial(nrr_dd.boundary_loss, **boundary_settings(setup))
     return None
-
-
-def _boundary(logits: Tensor, kept: Tensor, y: Tensor, partner: Tensor, **settings: float) -> Tensor:
-    return nrr_dd.boundary_loss(logits, kept, y, partner, **settings)
