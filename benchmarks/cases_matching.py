@@ -19,7 +19,8 @@ from benchmarks.case import Case, Form
 from common import networks
 from common.augment import DiffAugment, rng
 from common.datasets import load
-from common.students import PROTOCOLS, train_students
+from common.protocols import PROTOCOLS
+from common.students import train_students
 from methods import dc, dm, dsa, mtt
 
 CLASSES, SIZE, REAL = 10, 32, 256

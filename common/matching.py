@@ -23,8 +23,9 @@ from common.augment import ZCA, DiffAugment, rng
 from common.datasets import Dataset, Stream, info, load
 from common.datasets_table import NORMALISATION
 from common.distilled import DistilledSet, grid
+from common.protocols import PROTOCOLS, Protocol
 from common.store import Checkpoint, Product, Store
-from common.students import PROTOCOLS, Protocol, train_students
+from common.students import train_students
 
 __all__ = [
     "Setting", "default_network", "distil", "experts", "facts", "preview", "random_subset", "setting", "size_of",

@@ -22,8 +22,8 @@ from common.datasets import Dataset, Stream, info, load
 from common.distilled import DistilledSet, grid
 from common.hardware import bf16_is_fast, hardware, precision_name, recorded, resolve_device, resolve_precision
 from common.labels import Online
+from common.protocols import PROTOCOLS
 from common.store import Checkpoint, Product, Store, write_atomic
-from common.students import PROTOCOLS
 from common.train import accuracy, fit
 from common.views import Recipe, normalise
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,92 +26,10 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from common.augment import DiffAugment, rng
 from common.hardware import autocast
+from common.protocols import PROTOCOLS, Protocol
 from common.store import Checkpoint
 
-__all__ = ["PROTOCOLS", "Protocol", "Students", "train_students"]
-
-
-def _option(default, help: str, **facts):
-    return field(default=default, metadata={"help": help, **facts})
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How students are trained; the defaults are those of DC's released code, which its successors kept.
-
-    schedule "step-half": E + 1 passes; after pass E // 2 + 1, counted from 0, a tenth of lr and a new optimiser, which
-    forgets the momentum.  "constant" and "cosine" (to 0, one step a pass): E passes.
-    """
-
-    name: str
-    epochs: int = _option(1000, "E, which schedule makes passes of", unit="epochs", minimum=1)
-    batch: int = _option(256, "images of a step; the last one of a pass may have fewer", unit="images", minimum=1)
-    optimizer: str = _option("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
-    lr: float | None = _option(0.01, "first learning rate; None: the step size that was learned with the images")
-    momentum: float = _option(0.9, "momentum of SGD", minimum=0)
-    weight_decay: float = _option(5e-4, "weight decay, on all parameters", minimum=0)
-    schedule: str = _option("step-half", "course of the learning rate", choices=("step-half", "constant", "cosine"))
-    augment: str = _option("", "strategy of DiffAugment: an operation a batch, values of its own for each image")
-    labels: str = _option("hard", "class numbers; cross-entropy with softmax(logits); KL of logits at a temperature",
-                          choices=("hard", "soft", "kl"))  # fmt: skip
-    temperature: float = _option(1.0, "of labels=kl")
-    source: str = _option("", "where the settings come from")
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, low, allowed = getattr(self, f.name), f.metadata.get("minimum"), f.metadata.get("choices")
-            if allowed and value not in allowed:
-                raise ValueError(f"protocol.{f.name}={value!r} is unknown; allowed: {', '.join(allowed)}")
-            if low is not None and not value >= low:
-                raise ValueError(f"protocol.{f.name}={value!r} is too small; the least is {low}")
-        if not self.temperature > 0 or not (self.lr is None or self.lr > 0):
-            raise ValueError(f"protocol.lr={self.lr} and protocol.temperature={self.temperature} must be above 0")
-
-    @property
-    def passes(self) -> int:
-        return self.epochs + (self.schedule == "step-half")
-
-    def restarts(self, epoch: int) -> bool:
-        """Whether pass `epoch`, counted from 0, begins with a new optimiser."""
-        return epoch == 0 or (self.schedule == "step-half" and epoch == self.epochs // 2 + 2)
-
-    def rate(self, lr: float, epoch: int) -> float:
-        """Learning rate of pass `epoch`, counted from 0."""
-        if self.schedule == "cosine":
-            return lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-        return lr * (0.1 if self.schedule == "step-half" and epoch > self.epochs // 2 + 1 else 1.0)
-
-
-DSA = "color_crop_cutout_flip_scale_rotate"  # sets of digits leave "flip" out: pass an augmentation of your own
-_DC, _HARD_TRUTHS = "VICO-UoE/DatasetCondensation", "Rethinking Dataset Distillation (CVPR 2026), supplement, table 1"
-PROTOCOLS: dict[str, Protocol] = {
-    p.name: p
-    for p in (
-        # DC also has an older augmentation, for MNIST and for BatchNorm students only (with E = 1000): not here.
-        Protocol("dc-2021", epochs=300, source=f"{_DC}, main.py and utils.py"),
-        Protocol("dsa-2021", augment=DSA, source=f"{_DC}, main.py --method DSA"),
-        Protocol("dm-2023", augment=DSA, source=f"{_DC}, main_DM.py"),
-        # FTD and ATT test their sets the same way.
-        Protocol("mtt-2022", lr=None, augment=DSA, source="GeorgeCazenavette/mtt-distillation, distill.py, utils.py"),
-        Protocol(
-            "datm-2024", batch=128, lr=None, augment=DSA, labels="soft",
-            source="NUS-HPC-AI-Lab/DATM, distill/evaluation.py, utils/utils_baseline.py",
-        ),
-        # One learning rate for every method, never whitened; -plain is the script's default, the other one its --dsa.
-        Protocol("dcbench-2022", augment=DSA, source="justincui03/dc_benchmark, evaluator.py --dsa"),
-        Protocol("dcbench-2022-plain", epochs=300, source="justincui03/dc_benchmark, evaluator.py"),
-        Protocol(
-            "mixing-2025", epochs=300, optimizer="adam", lr=1e-3, momentum=0.0, weight_decay=0.0, schedule="constant",
-            source="IanPons/Enhancing-Distilled-Datasets, load_train_compare.py",
-        ),
-        Protocol("hard-truths-hard", epochs=300, augment=DSA, source=f"{_HARD_TRUTHS}, small scale, HL"),
-        # Weight decay is not stated, 0.01 is AdamW's default; nor is a factor T^2, to which AdamW is blind.
-        Protocol(
-            "hard-truths-soft", epochs=300, optimizer="adamw", lr=1e-3, momentum=0.0, weight_decay=0.01,
-            schedule="cosine", augment=DSA, labels="kl", temperature=20.0, source=f"{_HARD_TRUTHS}, small scale, SL",
-        ),
-    )
-}  # fmt: skip
+__all__ = ["Students", "train_students"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +40,7 @@ class Students:
     best: list[float] = field(default_factory=list)  # best at any look; only with eval_every, and only as a side column
     losses: list[float] = field(default_factory=list)  # mean over the last pass
     seconds: float = 0.0
+    networks: list[dict[str, Tensor]] = field(default_factory=list)  # parameters and buffers; only with keep=True
 
 
 def train_students(
@@ -137,6 +56,9 @@ def train_students(
     augment: Any = None,
     lr: float | None = None,
     soft_labels: Tensor | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    mix: Callable[[int, int], Tensor] | None = None,
+    keep: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     side_by_side: int = 0,
@@ -149,14 +71,16 @@ def train_students(
 
     test_images: [N, C, H, W], through `prepare` (on the device) to network input; None: they are that already.
     augment: in place of the protocol's own strategy (`draw(rows, generator, siamese=False)`, `augment(images, draw)`).
-    lr, soft_labels (logits [M, K]): read where the protocol wants them.  dtype: bfloat16 is autocast.
+    lr, soft_labels (logits [M, K]), teacher (network input [B, C, H, W] -> logits [B, K]): read where the protocol
+    wants them.  mix(seed, epoch): the images [M, C, H, W] of a student's pass, in place of `images`.  keep: return the
+    networks too.  dtype: bfloat16 is autocast.
     side_by_side: students stacked together; 0: up to ten on a GPU, one on a CPU, where grouped convolutions are slower.
     Networks that vmap cannot take (running statistics, dropout) train one after the other.  eval_every: also look at
     the test set after every so many passes.  compile needs a C++ compiler on a CPU.  on_epoch(passes done, of how
     many) after each pass of each group.  Raises FloatingPointError when a loss is not finite.
     """
     protocol = _resolve(protocol)
-    target = _checked(protocol, images, labels, test_images, test_labels, augment, lr, soft_labels, seeds)
+    target = _checked(protocol, images, labels, test_images, test_labels, augment, lr, soft_labels, teacher, seeds)
     if side_by_side < 0 or eval_every < 0:
         raise ValueError(f"side_by_side={side_by_side} and eval_every={eval_every} must be at least 0")
     if protocol.augment and augment is None:
@@ -170,14 +94,16 @@ def train_students(
 
     tensors, meta = (checkpoint and checkpoint.load()) or ({}, {})
     found = Students(**meta.get("found", {}))
+    kept = {name: tensors.pop(name) for name in list(tensors) if name.startswith("network")}  # of finished groups
     together = meta.get("together", side_by_side or (10 if device.type == "cuda" else 1))
     together = together if model.stackable else 1
     groups = [tuple(seeds)[i : i + together] for i in range(0, len(seeds), together)]
     before = found.seconds
 
     def save(tensors: dict[str, Tensor], epoch: int, best: list[float]) -> None:
-        so_far = replace(found, seconds=before + time.perf_counter() - begun)
-        checkpoint.save(tensors, {"found": asdict(so_far), "together": together, "epoch": epoch, "best": best})
+        so_far = asdict(replace(found, seconds=before + time.perf_counter() - begun, networks=[]))
+        facts = {"found": so_far, "together": together, "epoch": epoch, "best": best}
+        checkpoint.save({**tensors, **kept}, facts)
 
     for number, seeds_ in enumerate(groups):
         if number * together < len(found.accuracies):
@@ -188,7 +114,7 @@ def train_students(
             group.restore(tensors, epoch)
         tensors, meta = {}, {}
         while epoch < protocol.passes:
-            group.run_pass(images, target, epoch, augment)
+            group.run_pass(images, target, epoch, augment, teacher, mix)
             epoch += 1
             last = epoch == protocol.passes
             due = checkpoint is not None and not last and checkpoint.due(number * protocol.passes + epoch)
@@ -204,9 +130,16 @@ def train_students(
         found.accuracies.extend(test(group))
         found.best.extend(best)
         found.losses.extend(group.losses.tolist())
+        if keep:
+            first = number * together
+            kept |= {f"network{first + i}/{n}": v for i in range(len(seeds_)) for n, v in group.network(i).items()}
         if checkpoint is not None:
             save({}, 0, [])
-    return replace(found, seconds=before + time.perf_counter() - begun)
+    networks: list[dict[str, Tensor]] = [{} for _ in seeds] if keep else []
+    for name, value in kept.items():
+        which, name = name.split("/", 1)
+        networks[int(which.removeprefix("network"))][name] = value
+    return replace(found, seconds=before + time.perf_counter() - begun, networks=networks)
 
 
 # ---------------------------------------------------------------- a group of students
@@ -281,20 +214,23 @@ class _Group:
         else:
             self.optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer](params, **options)
 
-    def run_pass(self, images: Tensor, target: Tensor, epoch: int, augment: Any) -> None:
-        """One pass over the set, each student in its own order and with its own augmentation."""
+    def run_pass(self, images: Tensor, target: Tensor, epoch: int, augment: Any, teacher: Any, mix: Any) -> None:
+        """One pass over the set, each student in its own order and with its own augmentation and mixture."""
         if self.protocol.restarts(epoch):
             self._renew()
         self.optimizer.param_groups[0]["lr"] = self.protocol.rate(self.lr, epoch)
         self.model.net.train()
         orders = torch.stack([torch.randperm(len(images), generator=rng(s, "order", epoch)) for s in self.seeds])
+        own = [images if mix is None else mix(seed, epoch).to(images) for seed in self.seeds]
         total = 0
         for batch, rows in enumerate(orders.to(images.device).split(self.protocol.batch, 1)):  # [G, B]
-            x = images[rows.flatten()]
+            x = torch.cat([images[some] for images, some in zip(own, rows, strict=True)])
             if augment is not None:
                 x = augment(x, self._draw(augment, rows.shape[1], epoch, batch))
+            with torch.no_grad():
+                wanted = target[rows] if teacher is None else teacher(x).unflatten(0, rows.shape)
             logits = self._logits(x.unflatten(0, rows.shape), epoch, batch)
-            losses = student_losses(logits, target[rows], self.protocol)
+            losses = student_losses(logits, wanted, self.protocol)
             self.optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
             self.optimizer.step()
@@ -336,6 +272,13 @@ class _Group:
             out |= {f"{k}/{name}": v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
         return out
 
+    def network(self, student: int) -> dict[str, Tensor]:
+        """Parameters and buffers of one student, on the CPU."""
+        alone = len(self.seeds) == 1
+        values = {**self.params, **self.buffers}
+        return {n: (v if alone else v[student]).detach().cpu().clone(memory_format=torch.contiguous_format)
+                for n, v in values.items()}  # fmt: skip
+
     def restore(self, tensors: dict[str, Tensor], epoch: int) -> None:
         """Continue before pass `epoch`."""
         self._renew()
@@ -356,9 +299,10 @@ def student_losses(logits: Tensor, target: Tensor, protocol: Protocol) -> Tensor
     """Mean loss of each student: logits [G, B, K], class numbers [G, B] or logits [G, B, K] -> [G]."""
     if protocol.labels == "hard":
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(1)
-    t = protocol.temperature if protocol.labels == "kl" else 1.0
+    kl = protocol.labels in ("kl", "online")
+    t = protocol.temperature if kl else 1.0
     log_p, log_q = (logits / t).log_softmax(2), (target.to(logits) / t).log_softmax(2)
-    entropy = log_q if protocol.labels == "kl" else 0  # soft: without the entropy of the labels, which is constant
+    entropy = log_q if kl else 0  # soft: without the entropy of the labels, which is constant
     return (log_q.exp() * (entropy - log_p)).sum(2).mean(1)
 
 
@@ -398,7 +342,7 @@ def _resolve(protocol: str | Protocol) -> Protocol:
 
 def _checked(
     protocol: Protocol, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, augment: Any,
-    lr: float | None, soft: Tensor | None, seeds: Sequence[int],
+    lr: float | None, soft: Tensor | None, teacher: Any, seeds: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """What the students learn: class numbers or logits.  ValueError for what does not fit."""
     name = protocol.name
@@ -413,7 +357,9 @@ def _checked(
         raise ValueError(f"protocol {name!r} trains without augmentation; pass augment=None or another protocol")
     if protocol.lr is None and (lr is None or not 0 < lr < math.inf):
         raise ValueError(f"protocol {name!r} trains with the step size learned with the images; lr={lr} is not above 0")
-    if protocol.labels == "hard":
+    if (protocol.labels == "online") != (teacher is not None):
+        raise ValueError(f"protocol {name!r} has labels={protocol.labels!r}; a teacher goes with labels='online' alone")
+    if protocol.labels in ("hard", "online"):
         return labels
     if soft is None or soft.shape[:1] != labels.shape or soft.dim() != 2:
         got = None if soft is None else tuple(soft.shape)

@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from common import matching
+from common.protocols import PROTOCOLS, Protocol
 from common.store import Product
-from common.students import PROTOCOLS, Protocol
 from methods import dc, dm, dsa, mtt
 from papers.plan import Cell, merged
 

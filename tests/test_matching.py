@@ -13,7 +13,7 @@ import torch
 
 from common import matching
 from common.distilled import load
-from common.students import PROTOCOLS
+from common.protocols import PROTOCOLS
 from methods import mtt
 from papers import matching_stages, runner
 from papers.plan import load_paper

@@ -12,8 +12,9 @@ from torch import nn
 from benchmarks import plain_students
 from common import networks, students
 from common.augment import DiffAugment, rng
+from common.protocols import PROTOCOLS, Protocol
 from common.store import Checkpoint
-from common.students import PROTOCOLS, Protocol, train_students
+from common.students import train_students
 
 AUGMENT = DiffAugment()
 CLASSES, SIZE = 3, 8
@@ -161,6 +162,7 @@ def test_protocols_are_the_published_ones():
         "mixing-2025": (300, 256, "adam", 1e-3, "hard", ""),
         "hard-truths-hard": (301, 256, "sgd", 0.01, "hard", dsa),
         "hard-truths-soft": (300, 256, "adamw", 1e-3, "kl", dsa),
+        "hard-truths-online": (300, 256, "adamw", 1e-3, "online", dsa),
     }
     for p in PROTOCOLS.values():
         assert p.source
@@ -271,6 +273,7 @@ def test_what_a_network_draws_depends_on_the_place():
         ({"side_by_side": 2, "eval_every": 2}, "hard-truths-soft"),
         ({"make_network": OWN["batch norm"]}, "dc-2021"),
         ({"make_network": OWN["dropout"]}, "mixing-2025"),
+        ({"side_by_side": 2, "keep": True, "mix": lambda seed, epoch: noisy(seed, epoch)}, "mixing-2025"),
     ],
 )
 @pytest.mark.parametrize("stop", [1, 5, 7, 9])
@@ -289,7 +292,10 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, options, protocol, stop):
     with pytest.raises(Killed):
         train(protocol, checkpoint=Each(tmp_path / "state"), on_epoch=kill, **options)
     resumed = train(protocol, checkpoint=Each(tmp_path / "state"), on_epoch=lambda *at: passes.append(at), **options)
-    assert replace(resumed, seconds=0) == replace(whole, seconds=0)
+    assert replace(resumed, seconds=0, networks=[]) == replace(whole, seconds=0, networks=[])
+    assert len(resumed.networks) == len(whole.networks) == 3 * options.get("keep", False)
+    for one, other in zip(resumed.networks, whole.networks, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     done, total = [done for done, _ in passes], passes[0][1]
     assert sorted(set(done)) == list(range(1, total + 1))
     assert len(done) == total + (stop % protocol.passes == 0)  # a group's last pass is not kept before it is tested
@@ -313,6 +319,52 @@ def test_students_in_the_checkpoint_stay_together(tmp_path):
         train(seeds=(0, 1), side_by_side=2, checkpoint=Each(tmp_path / "state"), on_epoch=kill)
     resumed = train(seeds=(0, 1), checkpoint=Each(tmp_path / "state"))
     assert resumed.losses == train(seeds=(0, 1), side_by_side=2).losses
+
+
+# ---------------------------------------------------------------- mixtures, kept networks, a teacher that looks on
+
+
+def noisy(seed, epoch):
+    return SET[0] + torch.randn(SET[0].shape, generator=rng("noise", seed, epoch), dtype=torch.float64)
+
+
+def test_a_pass_is_on_the_mixture_of_its_seed_and_epoch():
+    protocol, asked = replace(PROTOCOLS["dc-2021"], epochs=3, batch=20), []
+
+    def recorded(seed, epoch):
+        asked.append((seed, epoch))
+        return noisy(seed, epoch)
+
+    both = train(protocol, seeds=(4, 5), side_by_side=2, mix=recorded)
+    assert asked == [(seed, epoch) for epoch in range(4) for seed in (4, 5)]
+    apart = [train(protocol, seeds=(seed,), mix=noisy).losses[0] for seed in (4, 5)]
+    assert both.losses == pytest.approx(apart, rel=1e-9)
+    assert train(protocol, seeds=(4, 5)).losses != pytest.approx(apart, rel=1e-3)
+    same = train(protocol, seeds=(4, 5), mix=lambda seed, epoch: SET[0]).losses
+    assert same == train(protocol, seeds=(4, 5)).losses
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2])
+def test_kept_networks_are_those_that_were_tested(side_by_side):
+    found = train(seeds=(0, 1, 2), side_by_side=side_by_side, keep=True)
+    for accuracy, state in zip(found.accuracies, found.networks, strict=True):
+        net = maker()(rng(0))
+        net.load_state_dict(state)
+        assert plain_students.test(net, TEST[0], TEST[1]) == pytest.approx(accuracy)
+
+
+def test_an_online_teacher_sees_what_the_student_sees():
+    """A teacher that looks nothing up: without augmentation it is the same as its labels of the images."""
+    net = maker()(rng("teacher"))
+    labels = net(SET[0]).detach()
+    stored = replace(PROTOCOLS["hard-truths-soft"], epochs=4, batch=8, augment="")
+    online = replace(PROTOCOLS["hard-truths-online"], epochs=4, batch=8, augment="")
+    options = {"seeds": (0, 1), "side_by_side": 2}
+    theirs = train(stored, soft_labels=labels, **options).losses
+    assert train(online, teacher=net, **options).losses == pytest.approx(theirs, rel=1e-9)
+    seen = []
+    train(replace(online, augment=PROTOCOLS["hard-truths-online"].augment), teacher=lambda x: seen.append(x) or net(x))
+    assert not any(torch.isclose(x[:, None], SET[0][None]).flatten(2).all(2).all() for x in seen)
 
 
 # ---------------------------------------------------------------- the rest
@@ -392,6 +444,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_student_and_the_pass(side_by_s
         ("mtt-2022", {"lr": math.nan}, "lr=nan is not above 0"),
         ("datm-2024", {"lr": 0.01}, r"soft_labels=None, allowed: \[20, classes\]"),
         ("datm-2024", {"lr": 0.01, "soft_labels": SOFT[:4]}, r"soft_labels=\(4, 3\)"),
+        ("hard-truths-online", {}, "labels='online'; a teacher goes with"),
+        ("dc-2021", {"teacher": lambda x: x}, "labels='hard'; a teacher goes with labels='online' alone"),
         ("dc-2021", {"seeds": ()}, "seeds are empty"),
         ("dc-2021", {"side_by_side": -1}, "side_by_side=-1"),
     ],
