@@ -1,0 +1,187 @@
+"""The figures of natural data mixing: gains, controls, robustness, similarity, and what students see.
+
+Each function takes a finished `papers.runner.Run` and returns a matplotlib Figure, or None where nothing that it shows
+has been made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+
+from common.matching import tested_images
+from papers import drawing, plan, report
+from papers.matching_stages import setting_of
+from papers.mixing_stages import mixture
+
+if TYPE_CHECKING:
+    from papers.runner import Planned, Run
+
+__all__ = [
+    "figure1", "figure2", "figure_controls", "figure_gain", "figure_mixtures", "figure_robustness",
+]  # fmt: skip
+
+SHOWN = {"Random real (ours)": "random real"}
+ARMS = {"baseline": "distilled alone", "mixed": "mixed with real images"}
+METRICS = {
+    "accuracy": "clean", "corruption accuracy": "corrupted", "fgsm-1 accuracy": "FGSM 1/255",
+    "pgd-1 accuracy": "PGD 1/255", "fgsm-8 accuracy": "FGSM 8/255", "pgd-8 accuracy": "PGD 8/255",
+}  # fmt: skip
+COLOURS = sns.color_palette("colorblind")
+
+
+def _bars(data: pd.DataFrame, ax, **roles) -> None:
+    sns.barplot(data, y="accuracy", errorbar="sd", err_kws={"linewidth": 1}, capsize=0.15, ax=ax, **roles)
+
+
+def figure1(run: Run) -> Figure | None:
+    """The whole training set against DC's images, without and with real images mixed in, at the largest IPC run."""
+    full, sets = drawing.values(run, "figure1"), drawing.values(run, "table1")
+    if sets is None or not len(own := sets[(sets["method"] == "DC") & sets["setting"].isin(ARMS)]):
+        return None
+    ipc = own["ipc"].max()
+    own = own[own["ipc"] == ipc].assign(arm=lambda d: d["setting"].map(ARMS))
+    if full is not None:
+        own = pd.concat([full[full["method"] == "Full data"].assign(arm="all training images"), own])
+    figure, ((ax,),) = drawing.axes_of(4.2, 3.2)
+    _bars(own, ax, x="arm", color=COLOURS[0])
+    ax.set(xlabel="what the ConvNet trains on", ylabel="top-1 accuracy (%)")
+    epochs = run.paper.scales[run.args.scale]["measure"]["full"]["epochs"]
+    text = (
+        f"DC's images at IPC {ipc}, alone and mixed with real images, beside all training images"
+        f" ({epochs} epochs). {drawing.where(own)} {drawing.error_bars(own)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure2(run: Run) -> Figure | None:
+    """CKA of the layers of a full-data network (rows) with those of students (columns): alone, mixed, difference."""
+    found: dict[tuple[str, int], dict[str, Planned]] = {}
+    for planned in run.planned:
+        cell = planned.cell
+        if cell.table == "figure2" and drawing.entry(run, planned, "similarity") is not None:
+            found.setdefault((cell.method, cell.ipc), {})[cell.setting] = planned
+    found = {key: arms for key, arms in found.items() if len(arms) == 2}
+    if not found:
+        return None
+    chosen = max(found, key=lambda key: (key[1], key[0] == "DSA"))  # the paper shows DSA at IPC 50
+    entries = [drawing.entry(run, found[chosen][arm], "similarity") for arm in ARMS]
+    alone, mixed = (entry.tensors()["similarity"].mean(0) for entry in entries)
+    layers = entries[0].meta["layers"]
+    figure, axes = drawing.axes_of(10.5, 3.6, 1, 3)
+    shown = ((alone, "distilled alone", (0, 1)), (mixed, "mixed", (0, 1)), (mixed - alone, "difference", (-0.5, 0.5)))
+    for ax, (matrix, name, (low, high)) in zip(axes[0], shown, strict=True):
+        sns.heatmap(
+            matrix.numpy(), vmin=low, vmax=high, cmap="magma" if low == 0 else "vlag", ax=ax, square=True,
+            xticklabels=layers, yticklabels=layers if ax is axes[0, 0] else False, cbar_kws={"label": "CKA (no unit)"},
+        )  # fmt: skip
+        ax.set_title(f"{name}, mean of diagonal {float(matrix.diagonal().mean()):.2f}", fontsize=9)
+        ax.set(xlabel="layer of the student", ylabel="layer, all images" if ax is axes[0, 0] else "")
+        ax.tick_params(labelsize=6)
+    text = (
+        "Linear CKA (unbiased, minibatches of test images) between the layers of a network trained on all images and"
+        f" of students of {chosen[0]}'s images at IPC {chosen[1]}, mean of the students. The paper prints no values."
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_gain(run: Run) -> Figure | None:
+    """Gain over images per class: as printed on the left, ours on the right."""
+    ours = drawing.values(run, "table1")
+    if ours is None or not len(ours := ours[ours["metric"] == "gain"]):
+        return None
+    printed = pd.DataFrame(report.load_reported(plan.ROOT / run.paper.name / "reported.csv"))
+    printed = printed[(printed["table"] == "table1") & (printed["metric"] == "gain")]
+    printed = printed.rename(columns={"value": "accuracy"})
+    ours = ours.assign(method=ours["method"].replace(SHOWN))
+    methods = list(dict.fromkeys([*printed["method"], *ours["method"]]))
+    palette = dict(zip(methods, sns.color_palette(n_colors=len(methods)), strict=True))
+    figure, axes = drawing.axes_of(7.6, 3.2, 1, 2, sharey=True)
+    panels = ((printed, "as printed"), (ours, f"ours ({ours['run_on'].iloc[0]})"))
+    for ax, (data, title) in zip(axes[0], panels, strict=True):
+        order = [m for m in methods if m in set(data["method"])]
+        drawing.lines(data, ax, x="ipc", hue="method", hue_order=order, palette=palette)
+        drawing.ipc_axis(ax, data["ipc"].astype(int))
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        ax.set_ylabel("gain (percentage points)")
+        ax.set_title(title, fontsize=9)
+    text = f"What mixing with real images adds to test accuracy on CIFAR-10. {drawing.error_bars(ours)}"
+    return drawing.captioned(figure, text, run)
+
+
+def figure_controls(run: Run) -> Figure | None:
+    """Augmentation and mixture, each with and without, and fresh real images alone: one panel an IPC."""
+    data = drawing.values(run, "controls")
+    if data is None:
+        return None
+    data = data.assign(method=data["method"].replace(SHOWN))
+    arms, ipcs = list(dict.fromkeys(data["setting"])), sorted(set(data["ipc"]))
+    figure, axes = drawing.axes_of(1.5 + 4.2 * len(ipcs), 3.6, 1, len(ipcs), sharey=True)
+    for ax, ipc in zip(axes[0], ipcs, strict=True):
+        _bars(data[data["ipc"] == ipc], ax, x="method", hue="setting", hue_order=arms, palette="colorblind")
+        ax.set(xlabel="images of the set", ylabel="top-1 accuracy (%)", title=f"IPC {ipc}")
+        ax.get_legend().remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    text = (
+        "The same sets under the same number of steps: with and without augmentation, with and without real images"
+        " mixed in, and fresh real images of the classes in place of the set. Mixing reads real images while students"
+        f" train, so what it must beat is the last arm. {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_robustness(run: Run) -> Figure | None:
+    """Clean, corrupted and attacked accuracy, without and with mixing, one panel a method at its largest IPC."""
+    data = drawing.values(run, "robustness")
+    if data is None:
+        return None
+    data = data[data["metric"].isin(METRICS)].assign(arm=lambda d: d["setting"].map(ARMS))
+    methods = list(dict.fromkeys(data["method"]))
+    figure, axes = drawing.axes_of(3.0 * len(methods) + 1.2, 3.4, 1, len(methods), sharey=True)
+    for ax, method in zip(axes[0], methods, strict=True):
+        own = data[data["method"] == method]
+        own = own[own["ipc"] == own["ipc"].max()].assign(kind=lambda d: d["metric"].map(METRICS))
+        order = [name for name in METRICS.values() if name in set(own["kind"])]
+        _bars(own, ax, x="kind", order=order, hue="arm", hue_order=list(ARMS.values()), palette="colorblind")
+        ax.set(xlabel="test images", ylabel="top-1 accuracy (%)")
+        ax.set_title(f"{SHOWN.get(method, method)}, IPC {own['ipc'].iloc[0]}", fontsize=9)
+        ax.tick_params(axis="x", rotation=40, labelsize=7)
+        ax.get_legend().remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    text = (
+        "Students of the same sets on clean test images, under 15 corruptions (mean over severities; the frost textures"
+        " are procedural) and under attacks of the given size in pixels; PGD: 10 steps of a quarter, random start."
+        f" {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_mixtures(run: Run, classes: int = 10, epochs: int = 3) -> Figure | None:
+    """One image of each class of a distilled set, and what a student sees of it in its first epochs."""
+    cells = [p for p in run.planned if p.cell.table == "table1" and p.cell.setting == "mixed" and p.stages]
+    cells = [p for p in cells if p.cell.algorithm != "random-subset" and drawing.entry(run, p, "distill")]
+    if not cells:
+        return None
+    planned = max(cells, key=lambda p: (p.cell.method == "DM", -p.cell.ipc))
+    on, tensors = setting_of(run.lab, planned.setup), drawing.entry(run, planned, "distill").tensors()
+    see = mixture(run.lab, planned.setup, on, tensors)
+    rows = [tested_images(tensors).to(on.device), *(see(0, epoch) for epoch in range(epochs))]
+    shown = torch.arange(min(classes, len(on.train.classes))) * planned.cell.ipc
+    figure, axes = drawing.axes_of(0.75 * len(shown) + 1, 0.8 * len(rows) + 0.3, len(rows), len(shown))
+    for r, images in enumerate(rows):
+        for column, image in enumerate(on.pixels(images.cpu()[shown])):
+            drawing.show_image(axes[r, column], image.expand(3, -1, -1))
+        name = f"epoch {r}" if r else f"{planned.cell.method}, alone"
+        axes[r, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for column, k in enumerate((shown // planned.cell.ipc).tolist()):
+        axes[0, column].set_title(on.train.classes[k], fontsize=8)
+    text = (
+        f"{planned.setup.run_on}, {planned.cell.method} at IPC {planned.cell.ipc}: the first image of each class, and"
+        " what a student sees of it in its first three epochs. One share for all images of an epoch, another real image"
+        " for each."
+    )
+    return drawing.captioned(figure, text, run)
