@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "ZCA", "DiffAugment", "Draw", "apply_cutmix", "crop_resize", "cutmix_box", "random_boxes", "resample_matrix", "rng",
-    "shuffle_patches",
+    "ZCA", "CropResizeFlip", "DiffAugment", "Draw", "apply_cutmix", "crop_resize", "cutmix_box", "random_boxes",
+    "resample_matrix", "rng", "shuffle_patches",
 ]  # fmt: skip
 
 
@@ -338,3 +338,15 @@ class ZCA:
 
 def _unit(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+class CropResizeFlip:
+    """Random resized crops and flips, drawn for each image, in the form of DiffAugment."""
+
+    def draw(self, rows: int, generator: torch.Generator, *, siamese: bool) -> Tensor:
+        return torch.rand(rows, 2, generator=generator, dtype=torch.float64) * 2**31  # a seed of boxes, a coin
+
+    def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
+        sizes = torch.tensor([images.shape[2:]]).expand(len(images), 2)
+        boxes = random_boxes(sizes, rng(int(draw[0, 0]), "boxes"))
+        return crop_resize(images, boxes, draw[:, 1] < 2**30, images.shape[-1])

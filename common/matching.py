@@ -82,17 +82,20 @@ class Setting:
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> network input: normalised, or whitened."""
-        pixels = images.to(self.device).float() / 255
+        return self.inputs(images.to(self.device).float() / 255)
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Pixels on the [0, 1] scale -> network input; differentiable."""
         if self.zca is not None:
             return self.zca(pixels)
         mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
         return (pixels - mean) / std
 
     def pixels(self, inputs: Tensor) -> Tensor:
-        """The inverse of `prepare`, on the [0, 1] scale and not clipped."""
+        """The inverse of `inputs`, not clipped."""
         if self.zca is not None:
             return self.zca.inverse(inputs)
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
+        mean, std = (torch.tensor(v, device=inputs.device).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
         return inputs * std + mean
 
     def distilled(self, tensors: dict[str, Tensor], settings: dict) -> DistilledSet:
@@ -228,7 +231,10 @@ def students(
     work: Path, on: Setting, tensors: dict[str, Tensor], protocol: str | Protocol, seeds: Sequence[int],
     dtype: torch.dtype = torch.float32, **options,
 ) -> Product:  # fmt: skip
-    """Train and test students on a set in network-input space by a named protocol; accuracies in percent in meta."""
+    """Train and test students on a set in network-input space by a named protocol; accuracies in percent in meta.
+
+    options: those of `train_students`; with keep=True the tensors are the students' own, named <place>/<parameter>.
+    """
     protocol = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
     with tqdm(desc=f"students, {protocol.name}", unit="epoch", disable=None) as bar:
         found = train_students(
@@ -238,4 +244,5 @@ def students(
             device=on.device, dtype=dtype, checkpoint=Checkpoint(work / "students.safetensors"),
             on_epoch=lambda *_: bar.update(), **options,
         )  # fmt: skip
-    return Product({}, {"accuracies": list(found.accuracies), "best": found.best, "seeds": list(seeds)})
+    kept = {f"{place}/{name}": v for place, state in enumerate(found.networks) for name, v in state.items()}
+    return Product(kept, {"accuracies": list(found.accuracies), "best": found.best, "seeds": list(seeds)})

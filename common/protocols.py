@@ -85,6 +85,10 @@ PROTOCOLS: dict[str, Protocol] = {
             "mixing-2025", epochs=300, optimizer="adam", lr=1e-3, momentum=0.0, weight_decay=0.0, schedule="constant",
             source="IanPons/Enhancing-Distilled-Datasets, load_train_compare.py",
         ),
+        Protocol(
+            "mixing-2025-dsa", epochs=300, optimizer="adam", lr=1e-3, momentum=0.0, weight_decay=0.0,
+            schedule="constant", augment=DSA, source="the same with the augmentation of DSA: not of the paper",
+        ),
         Protocol("hard-truths-hard", epochs=300, augment=DSA, source=f"{_HARD_TRUTHS}, small scale, HL"),
         # Weight decay is not stated, 0.01 is AdamW's default; nor is a factor T^2, to which AdamW is blind.
         Protocol(

@@ -22,15 +22,15 @@ from common.datasets import Dataset, Stream, info, load
 from common.distilled import DistilledSet, grid
 from common.hardware import bf16_is_fast, hardware, precision_name, recorded, resolve_device, resolve_precision
 from common.labels import Online
-from common.protocols import PROTOCOLS
-from common.store import Checkpoint, Product, Store, write_atomic
+from common.protocols import PROTOCOLS, Protocol
+from common.store import Checkpoint, Entry, Product, Store, write_atomic
 from common.train import accuracy, fit
 from common.views import Recipe, normalise
 
-__all__ = ["run_matching", "run_with_teacher"]
+__all__ = ["Common", "Matching", "arg", "keep", "parse", "run_matching", "run_with_teacher", "train_and_test"]
 
 
-def _arg(default, help: str, **facts):
+def arg(default, help: str, **facts):
     return field(default=default, metadata={"help": help, **facts})
 
 
@@ -38,41 +38,41 @@ def _arg(default, help: str, **facts):
 class Common:
     """Arguments that every method shares."""
 
-    dataset: str = _arg("digits", "data set by name, or the folder name of an ImageFolder tree under data=")
-    data: str = _arg("", "folder of the data sets; empty: the environment variable DD_DATA")
-    size: int = _arg(0, "side of the images; 0: native", unit="px", minimum=0)
-    seed: int = _arg(0, "seed of everything that is drawn", minimum=0)
-    device: str = _arg("auto", "auto, cpu, cuda or cuda:N")
-    out: str = _arg("out", "folder for the distilled set and its picture")
-    store: str = _arg("runs", "folder that caches finished stages and half-done work")
+    dataset: str = arg("digits", "data set by name, or the folder name of an ImageFolder tree under data=")
+    data: str = arg("", "folder of the data sets; empty: the environment variable DD_DATA")
+    size: int = arg(0, "side of the images; 0: native", unit="px", minimum=0)
+    seed: int = arg(0, "seed of everything that is drawn", minimum=0)
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    out: str = arg("out", "folder for the distilled set and its picture")
+    store: str = arg("runs", "folder that caches finished stages and half-done work")
 
 
 @dataclass(frozen=True)
 class WithTeacher(Common):
     """Arguments of the methods that read a trained teacher."""
 
-    network: str = _arg("", "teacher and student; empty: as the method prefers", choices=("", *networks.names()))
-    teacher_epochs: int = _arg(50, "epochs of the teacher", unit="epochs", minimum=1)
-    student_epochs: int = _arg(300, "epochs of the student on the distilled set", unit="epochs", minimum=1)
+    network: str = arg("", "teacher and student; empty: as the method prefers", choices=("", *networks.names()))
+    teacher_epochs: int = arg(50, "epochs of the teacher", unit="epochs", minimum=1)
+    student_epochs: int = arg(300, "epochs of the student on the distilled set", unit="epochs", minimum=1)
 
 
 @dataclass(frozen=True)
 class Matching(Common):
     """Arguments of the methods that match gradients, features or trajectories."""
 
-    network: str = _arg("", "network that is matched and tested; empty: the ConvNet of the papers for this size")
-    students: int = _arg(5, "students trained on the distilled set", minimum=1)
-    protocol: str = _arg("", "how students are trained; empty: the method's own", choices=("", *PROTOCOLS))
+    network: str = arg("", "network that is matched and tested; empty: the ConvNet of the papers for this size")
+    students: int = arg(5, "students trained on the distilled set", minimum=1)
+    protocol: str = arg("", "how students are trained; empty: the method's own", choices=("", *PROTOCOLS))
 
 
-def _parse(argv: list[str], name: str, shared: type, config_class: type, published: Mapping):
+def parse(argv: list[str], name: str, shared: type, config_class: type, published: Mapping):
     """(arguments, config, device) with published settings in the fields that were not given, precision resolved."""
     taken = {f.name for f in fields(shared)}
     own = []
     for f in fields(config_class):
         if f.name == "precision":
             choices = ("auto", *f.metadata["choices"])
-            own.append((f.name, f.type, _arg("auto", f.metadata["help"] + "; auto: by the device", choices=choices)))
+            own.append((f.name, f.type, arg("auto", f.metadata["help"] + "; auto: by the device", choices=choices)))
         elif f.name not in taken:
             own.append((f.name, f.type, f))
     both = make_dataclass("Arguments", own, bases=(shared,), frozen=True, namespace={"__module__": __name__})
@@ -90,7 +90,7 @@ def _parse(argv: list[str], name: str, shared: type, config_class: type, publish
     return args, config, device
 
 
-def _keep(result: DistilledSet, args, name: str) -> None:
+def keep(result: DistilledSet, args, name: str) -> None:
     """Write the set and its picture, and say where."""
     target = Path(args.out).expanduser() / f"{name}_{args.dataset}_ipc{args.ipc}.safetensors"
     result.save(target)
@@ -118,7 +118,7 @@ def run_matching(
     recipe: the method's own evaluation protocol.  augmented: whether the images are augmented while they are matched.
     experts: their config class, `train_experts`, and its tensors -> state.
     """
-    args, config, device = _parse(argv, name, Matching, config_class, published)
+    args, config, device = parse(argv, name, Matching, config_class, published)
     store = Store(Path(args.store).expanduser())
     zca = bool(getattr(config, "zca", False))
     on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
@@ -147,11 +147,19 @@ def run_matching(
     )  # fmt: skip
     tensors = made.tensors()
     result = on.distilled(tensors, {**facts, "method": name, "config": asdict(config)})
-    _keep(result, args, getattr(args, "method", name))
-    protocol = PROTOCOLS[args.protocol or recipe]
+    keep(result, args, getattr(args, "method", name))
+    train_and_test(store, made, on, tensors, PROTOCOLS[args.protocol or recipe], args, device)
+
+
+def train_and_test(
+    store: Store, made: Entry, on: matching.Setting, tensors: dict[str, Tensor], protocol: Protocol, args,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Train students on what an entry made, as network input, and print their accuracies."""
     seeds = range(args.seed, args.seed + args.students)
+    facts = {**matching.facts(on, args.seed), "protocol": asdict(protocol), "seeds": list(seeds)}
     tested = store.make(
-        "students", {**facts, "protocol": asdict(protocol), "seeds": list(seeds)}, (made.key, on.test.fingerprint),
+        "students", facts, (made.key, on.test.fingerprint),
         recorded(lambda work: matching.students(work, on, tensors, protocol, seeds), device),
     )  # fmt: skip
     found = tested.meta["accuracies"]
@@ -186,7 +194,7 @@ def run_with_teacher(
     is refused then too.  small: the network below 128
     px, ResNet-18 else.  student: (dataset, classes, network, factor, ipc) -> the method's own fields of the recipe.
     """
-    args, config, device = _parse(argv, name, WithTeacher, config_class, published)
+    args, config, device = parse(argv, name, WithTeacher, config_class, published)
     dtype = resolve_precision(args.precision, device)
     store = Store(Path(args.store).expanduser())
     train, test = (
@@ -237,7 +245,7 @@ def run_with_teacher(
         tensors["images"], tensors["labels"], train.classes, train.mean, train.std, weights=tensors.get("weights"),
         settings=facts,
     )  # fmt: skip
-    _keep(result, args, name)
+    keep(result, args, name)
     tested = store.make(
         "student",
         {"network": args.network, "recipe": asdict(taught), "seed": args.seed, "precision": precision_name(dtype)},

@@ -56,6 +56,10 @@ class Entry:
         """Reads the tensors, on the CPU, in the dtypes they were saved with."""
         return load_file(self.path / TENSORS)
 
+    def files(self) -> dict[str, bytes]:
+        """Everything it consists of, for `Store.receive` on a machine that does not see this folder."""
+        return {file.name: file.read_bytes() for file in self.path.iterdir()}
+
 
 @dataclass
 class Product:
@@ -126,6 +130,20 @@ class Store:
         if work.exists():  # also left by a process that died just after the rename
             shutil.rmtree(work, ignore_errors=True)
         return entry
+
+    def receive(self, stage: str, key: str, files: Mapping[str, bytes]) -> None:
+        """Keeps an entry that another store holds, as `Entry.files` read it there; Damaged if it is not whole."""
+        path = self.root / stage / key
+        with _sentence(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            if _read_or_set_aside(path) is not None:
+                return
+            with replacing(path) as folder:
+                folder.mkdir()
+                for name, data in files.items():
+                    (folder / name).write_bytes(data)
+                _read(folder)
 
     def _build(
         self, path: Path, work: Path, settings: dict, inputs: Sequence[str], build: Callable[[Path], Product]

@@ -629,6 +629,6 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from common import cli, script
+    from common import cli, script_selection
 
-    sys.exit(cli.guard(lambda a: script.run_cad(a, sys.modules[__name__]), sys.argv[1:]))
+    sys.exit(cli.guard(lambda a: script_selection.run_cad(a, sys.modules[__name__]), sys.argv[1:]))

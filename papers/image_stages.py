@@ -20,9 +20,9 @@ from common.networks import forward_flops
 from common.store import Checkpoint, Product
 from common.views import normalise
 from methods import nrr_dd, rded, sre2l, wmdd
-from papers.setups import Setup
 
 if TYPE_CHECKING:
+    from papers.setups import Setup
     from papers.stages import Lab, Stage
 
 __all__ = ["IMAGES", "random", "statistics", "wmdd_images"]

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from common import matching
+import torch
+from torch import Tensor
+
+from common import matching, teachers
 from common.protocols import PROTOCOLS, Protocol
 from common.store import Product
-from methods import dc, dm, dsa, mtt
+from common.views import Recipe, normalise
+from methods import coresets, dc, dm, dsa, mtt
+from papers import mixing_stages, selection_stages
 from papers.plan import Cell, merged
 
 if TYPE_CHECKING:
     from papers.stages import Lab, Stage
 
-__all__ = ["ALGORITHMS", "MatchingSetup", "images", "matching_setup", "setting_of", "students"]
+__all__ = ["ALGORITHMS", "MatchingSetup", "images", "matching_setup", "setting_of", "students", "teacher_logits"]
 
+FULL = "full-data"  # all training images
 RANDOM = "random-subset"  # real images drawn at random, tested by a protocol of the matching papers
 ALGORITHMS: dict[str, ModuleType | None] = {
-    RANDOM: None, "dc": dc, "dsa": dsa, "dm": dm, "mtt": mtt, "ftd": mtt, "att": mtt, "datm": mtt,
+    **selection_stages.SELECTIONS, FULL: None, RANDOM: None,
+    "dc": dc, "dsa": dsa, "dm": dm, "mtt": mtt, "ftd": mtt, "att": mtt, "datm": mtt,
 }  # fmt: skip
 OWN_PROTOCOL = {
-    RANDOM: "dsa-2021", "dc": "dc-2021", "dsa": "dsa-2021", "dm": "dm-2023", "mtt": "mtt-2022", "ftd": "mtt-2022",
-    "att": "mtt-2022", "datm": "datm-2024",
+    FULL: "mixing-2025", RANDOM: "dsa-2021", "dc": "dc-2021", "dsa": "dsa-2021", "dm": "dm-2023", "mtt": "mtt-2022",
+    "ftd": "mtt-2022", "att": "mtt-2022", "datm": "datm-2024",
+    **dict.fromkeys(selection_stages.SELECTIONS, "hard-truths-hard"),
 }  # fmt: skip
 
 
@@ -40,13 +48,45 @@ class MatchingSetup:
     run_on: str
     protocol: Protocol
     distill: Mapping  # fields of the method's Config: published ones, then those of the scale
+    mix: Mapping = field(default_factory=dict)  # natural mixing while students train
+    measure: Mapping = field(default_factory=dict)  # what is measured on the students, which are then kept
+    teacher_network: str = ""  # whose logits are the labels of protocols that want soft ones, and who scores crops
+    teacher: Recipe | None = None
+    student_network: str = ""  # empty: that of the set
+    transfer: tuple[str, ...] = ()  # students whose mean accuracy is the number
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The data sets it needs."""
+        return (self.dataset, self.mix.get("pool", ""))
 
     def facts(self) -> dict:
         """The settings part of a result file."""
         return {
             "size": self.size, "network": self.network, "distill": dict(self.distill),
-            "protocol": asdict(self.protocol),
+            "protocol": asdict(self.protocol), "mix": dict(self.mix), "measure": dict(self.measure),
+            "teacher_network": self.teacher_network, "teacher": self.teacher and asdict(self.teacher),
+            "student_network": self.student_network or self.network, "transfer": list(self.transfer),
         }  # fmt: skip
+
+    def taught_by(self, on: matching.Setting) -> TeacherSetup:
+        """What the teacher is trained with; ValueError where the scale names none."""
+        if not self.teacher_network or self.teacher is None:
+            raise ValueError(f"protocol {self.protocol.name!r} and CA2D want a teacher, and this scale names none")
+        return TeacherSetup(self.dataset, self.teacher_network, on.size, self.run_on, self.teacher)
+
+
+@dataclass(frozen=True)
+class TeacherSetup:
+    """The part of a setup that decides a teacher."""
+
+    dataset: str
+    network: str
+    size: int
+    run_on: str
+    teacher: Recipe
+    shorter: int | None = None
+
 
 
 def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
@@ -58,16 +98,29 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     layers = [scale, data, by_ipc, by_method, by_method.get("by_ipc", {}).get(cell.ipc, {})]
     distill = merged(_published(cell, data["dataset"]), *(x.get("distill") for x in layers), cell.distill)
     student = merged(*(x.get("student") for x in layers), cell.student)
-    protocol = replace(PROTOCOLS[OWN_PROTOCOL[cell.algorithm]], **student)
+    protocol = replace(PROTOCOLS[cell.protocol or OWN_PROTOCOL[cell.algorithm]], **student)
     size = data.get("size", 0)
-    network = scale.get("networks", {}).get(cell.arch, "")
-    return MatchingSetup(data["dataset"], size, network, data["run_on"], protocol, distill | {"ipc": cell.ipc})
+    network = merged(scale.get("networks"), data.get("networks")).get("ConvNet", "")  # what the sets are made with
+    mix = {k: data.get("pools", {}).get(v, v) if k == "pool" else v for k, v in cell.mix.items()}
+    taught = merged(scale.get("teacher"), data.get("teacher"))
+    teacher_network = taught.pop("network", "")
+    base = teachers.RECIPES[taught.pop("recipe", "cifar")]
+    transfer, student_network = scale.get("transfer", {}).get(cell.arch, ""), ""
+    if isinstance(transfer, str):
+        transfer, student_network = (), transfer
+    return MatchingSetup(
+        data["dataset"], size, network, data["run_on"], protocol, distill | {"ipc": cell.ipc}, mix,
+        scale.get("measure", {}), teacher_network, replace(base, **taught) if teacher_network else None,
+        student_network, tuple(transfer),
+    )  # fmt: skip
 
 
 def _published(cell: Cell, dataset: str) -> dict:
     method = ALGORITHMS[cell.algorithm]
     if method is None:
         return {}
+    if method is coresets:
+        return coresets.published(dataset, cell.distill["method"])
     if method is mtt:
         row = mtt.TABLES[cell.algorithm].get((dataset, cell.ipc))
         return merged({"zca": mtt.Config.zca}, mtt.METHODS[cell.algorithm], row)
@@ -103,6 +156,8 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
 
         settings = {**facts, "method": RANDOM, "ipc": ipc}
         return lab.stage("distill", settings, (on.train.fingerprint,), draw, 0.0, f"random images, {setup.run_on}")
+    if algorithm in selection_stages.SELECTIONS:
+        return selection_stages.images(lab, setup, on, algorithm, seed)
     method, config = ALGORITHMS[algorithm], _config(lab, setup, algorithm)
     needs = (_experts(lab, setup, on, config, seed),) if method is mtt else ()
 
@@ -131,6 +186,11 @@ def _experts(lab: Lab, setup: MatchingSetup, on: matching.Setting, config, seed:
 
 def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
     """The students of a cell: side by side on one distilled set, or one on each random subset."""
+    if cell.algorithm == FULL:
+        return [full_data(lab, setup, seeds)]
+    if setup.transfer:
+        each = [students(lab, cell, replace(setup, student_network=n, transfer=()), seeds) for n in setup.transfer]
+        return [_mean(lab, same) for same in zip(*each, strict=True)]
     if cell.algorithm == RANDOM:
         return [_students(lab, setup, images(lab, setup, RANDOM, seed), (seed,)) for seed in seeds]
     return [_students(lab, setup, images(lab, setup, cell.algorithm, 0), seeds)]
@@ -138,15 +198,74 @@ def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
 
 def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: tuple[int, ...]) -> Stage:
     on, protocol = setting_of(lab, setup), setup.protocol
+    if setup.student_network:
+        on = replace(on, network=setup.student_network)
+    soft = protocol.labels in ("kl", "online")  # what the teacher says, whatever labels the set brings
+    needs = (made, lab.teacher(setup.taught_by(on))) if soft else (made,)
 
     def build(work: Path) -> Product:
-        return matching.students(work, on, lab.entry(made).tensors(), protocol, seeds)
+        tensors, teacher = lab.entry(made).tensors(), None
+        if soft:
+            teacher = _teacher(lab, setup, on)
+        if soft and protocol.labels != "online":
+            tensors["soft_labels"] = torch.cat([teacher(x) for x in matching.tested_images(tensors).split(100)])
+            teacher = None
+        mix = mixing_stages.mixture(lab, setup, on, tensors) if setup.mix else None
+        made_by = matching.students(
+            work, on, tensors, protocol, seeds, mix=mix, teacher=teacher, keep=bool(setup.measure)
+        )
+        return replace(made_by, meta={**made_by.meta, "label_bytes": matching.size_of(tensors)["label_bytes"]})
 
     settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": list(seeds)}
+    settings |= {"mix": dict(setup.mix)} if setup.mix else {}
+    settings |= {"kept": True} if setup.measure else {}
     count = setup.distill["ipc"] * len(on.train.classes)
     cost = len(seeds) * (3 * (protocol.epochs + 1) * count + len(on.test)) * on.flops
-    what = f"{len(seeds)} students by {protocol.name}, {made.what}"
-    return lab.stage("students", settings, (made, on.test.fingerprint), build, cost, what, made)
+    inputs = (*needs, on.test.fingerprint, *mixing_stages.pool_inputs(lab, setup, on))
+    what = f"{len(seeds)} students by {protocol.name}{', mixed' if setup.mix else ''}, {made.what}"
+    return lab.stage("students", settings, inputs, build, cost, what, *needs)
+
+
+def teacher_logits(lab: Lab, setup: MatchingSetup, on: matching.Setting, pixels: Tensor) -> Tensor:
+    """What the teacher says of images as they are: uint8 [N, C, H, W] -> float32 [N, K], on the CPU."""
+    teacher = _teacher(lab, setup, on)
+    return torch.cat([teacher(on.prepare(x)).cpu() for x in pixels.split(500)])
+
+
+def _teacher(lab: Lab, setup: MatchingSetup, on: matching.Setting) -> Callable[[Tensor], Tensor]:
+    """The teacher on a student's input: back to pixels, and on by the teacher's own normalisation."""
+    net, data = lab.restored(lab.teacher(setup.taught_by(on))), lab.data(setup.dataset, "train")
+
+    @torch.no_grad()
+    def logits(x: Tensor) -> Tensor:
+        return net(normalise(on.pixels(x.to(on.device)) * 255, data.mean, data.std)).float()
+
+    return logits
+
+
+def _mean(lab: Lab, each: tuple[Stage, ...]) -> Stage:
+    """The mean accuracy of students of several networks, seed by seed."""
+
+    def build(work: Path) -> Product:
+        found = [lab.entry(stage).meta for stage in each]
+        means = [sum(values) / len(values) for values in zip(*(m["accuracies"] for m in found), strict=True)]
+        return Product({}, {"accuracies": means, "seeds": found[0]["seeds"]})
+
+    return lab.stage("mean", {}, each, build, 0.0, f"mean of {len(each)} networks, {each[0].what}", *each)
+
+
+def full_data(lab: Lab, setup: MatchingSetup, seeds: tuple[int, ...]) -> Stage:
+    """Students on all training images, for the epochs that the scale gives them."""
+    on, protocol = setting_of(lab, setup), replace(setup.protocol, **setup.measure.get("full", {}))
+
+    def build(work: Path) -> Product:
+        tensors = {"images": on.prepare(on.train.images), "labels": on.train.labels}
+        return matching.students(work, on, tensors, protocol, seeds, keep=True)
+
+    settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": list(seeds), "kept": True}
+    cost = len(seeds) * (3 * (protocol.passes) * len(on.train) + len(on.test)) * on.flops
+    what = f"{len(seeds)} students by {protocol.name}, all of {setup.run_on}, {protocol.epochs} epochs"
+    return lab.stage("students", settings, (on.train.fingerprint, on.test.fingerprint), build, cost, what)
 
 
 def _cost(config, method: ModuleType, on: matching.Setting) -> float:

@@ -33,13 +33,15 @@ class Cell:
     dataset: str
     method: str
     arch: str
-    ipc: int
+    ipc: int | None  # None: all training images
     setting: str = ""
     metric: str = "accuracy"
     label_regime: str = "soft"
     algorithm: str = "wmdd"
     distill: Mapping = field(default_factory=dict)
     student: Mapping = field(default_factory=dict)
+    protocol: str = ""  # how the students of a matching method are trained; empty: by its own
+    mix: Mapping = field(default_factory=dict)  # fields of methods/natural_mixing.py, and `pool`
     teacher: str = ""  # architecture that the images were made with, where it is not the scale's or the student's
 
     @property
@@ -47,7 +49,8 @@ class Cell:
         """E.g. table1/imagenette/wmdd/resnet-18/10/soft: names its result file, and what only= and skip= match."""
         method = "random" if self.method == RANDOM else self.method
         metric = "" if self.metric == "accuracy" else self.metric
-        parts = (self.table, self.dataset, method, self.setting, self.arch, str(self.ipc), self.label_regime, metric)
+        ipc = str(self.ipc or "all")
+        parts = (self.table, self.dataset, method, self.setting, self.arch, ipc, self.label_regime, metric)
         return "/".join(slug(p) for p in parts if p)
 
     def key(self) -> dict:
@@ -93,6 +96,11 @@ def load_paper(name: str) -> Paper:
         raise ValueError(f"{path} must have exactly the keys {', '.join(sorted(wanted))}")
     if set(content["scales"]) != set(SCALES):
         raise ValueError(f"{path} must have exactly the scales {', '.join(SCALES)}, not {', '.join(content['scales'])}")
+    for scale, facts in content["scales"].items():
+        if "sets_of" in facts:  # distilled as in another paper: the same store entries serve both
+            other = load_paper(facts["sets_of"]).scales[scale]
+            shared = {k: merged(other.get(k), facts.get(k)) for k in ("methods", "networks")}
+            content["scales"][scale] = {**facts, **shared}
     return Paper(name, **{**content, "cells": tuple(content["cells"])})
 
 
@@ -109,9 +117,11 @@ def _product(entry: Mapping, scale: str) -> list[Cell]:
     cells = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
+        own = fixed.get("algorithm")
+        algorithm = own.get(chosen["method"]) if isinstance(own, Mapping) else own  # one for all, or by method
         if chosen.get("method") == "Random":  # ours: a row of its own, never in the printed one
             chosen |= {"method": RANDOM}
-        algorithm = fixed.get("algorithm", "random" if chosen["method"] == RANDOM else "wmdd")
+        algorithm = algorithm or ("random" if chosen["method"] == RANDOM else "wmdd")
         cells.append(Cell(**{**chosen, **fixed, "algorithm": algorithm}))
     return cells
 

@@ -5,6 +5,7 @@ The block between the two markers is generated and a test compares it with the f
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,19 +19,22 @@ BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end o
 
 def results(tables: Path) -> str:
     """All results that the README shows, as Markdown."""
-    return "\n\n".join(filter(None, (wmdd(tables), matching(tables), nrr_dd(tables))))
+    blocks = (wmdd(tables), matching(tables, "paper"), matching(tables, "small"), nrr_dd(tables), mixing(tables))
+    return "\n\n".join(filter(None, blocks))
 
 
-def matching(tables: Path) -> str:
-    """Published settings of the matching methods on CIFAR-10, one row a method; empty before the first result."""
-    cells = [c for c in load_cells(tables / "matching" / "paper" / "cells") if c["dataset"] == "CIFAR-10"]
+def matching(tables: Path, scale: str) -> str:
+    """The matching methods on CIFAR-10 at a scale, one row a method; empty before the first result."""
+    cells = [c for c in load_cells(tables / "matching" / scale / "cells") if c["dataset"] == "CIFAR-10"]
     if not cells:
         return ""
     printed = {(r["dataset"], r["method"], r["ipc"]): r["value"] for r in load_reported(ROOT / "matching/reported.csv")}
     found = {(c["method"], c["ipc"]): c for c in cells}
     ipcs = sorted({ipc for _, ipc in found})
     heads = ["method", *(f"IPC {ipc}, {whose}" for ipc in ipcs for whose in ("ours", "printed"))]
-    lines = ["`paper=matching scale=paper`, ConvNet:", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    fewer = ", a fraction of the iterations" * (scale == "small")
+    head = f"`paper=matching scale={scale}`, ConvNet{fewer}:"
+    lines = [head, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in dict.fromkeys(m for m, _ in found):
         row = [method]
         for ipc in ipcs:
@@ -42,6 +46,30 @@ def matching(tables: Path) -> str:
     facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
     what = "Top-1 accuracy in percent, last iterate and last epoch, mean ± standard deviation (students)"
     return "\n".join([*lines, "", f"{what}; {facts}."])
+
+
+def mixing(tables: Path) -> str:
+    """Gains of natural mixing on CIFAR-10 at scale small, without and with augmentation; empty before the first."""
+    cells = [c for c in load_cells(tables / "natural_mixing" / "small" / "cells") if c["dataset"] == "CIFAR-10"]
+    found = {(c["table"], c["method"], c["setting"], c["ipc"]): c for c in cells}
+    reported = load_reported(ROOT / "natural_mixing" / "reported.csv")
+    printed = {(r["method"], r["ipc"]): r["value"] for r in reported if (r["table"], r["metric"]) == ("table1", "gain")}
+    heads = ["set", "IPC", "alone", "mixed", "gain", "gain as printed", "alone, augmented", "mixed, augmented"]
+    lines = []
+    for (table, method, setting, ipc), gain in sorted(found.items(), key=lambda item: (item[0][3] or 0, item[0][1])):
+        if (table, setting) != ("table1", "gain"):
+            continue
+        arms = [("table1", arm) for arm in ("baseline", "mixed")]
+        arms += [("controls", arm) for arm in ("DiffAugment", "DiffAugment, mixed")]
+        texts = [spread(c) if (c := found.get((t, method, s, ipc))) else "not run" for t, s in arms]
+        gains = (f"{gain['mean']:+.1f}", f"{printed.get((method, ipc), math.nan):+.1f}")
+        row = [method, str(ipc), *texts[:2], *gains, *texts[2:]]
+        lines.append("| " + " | ".join(row).replace("+nan", "-") + " |")
+    if not lines:
+        return ""
+    head = ["`paper=natural_mixing scale=small`, ConvNet, the sets above:", "", "| " + " | ".join(heads) + " |"]
+    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
+    return "\n".join([*head, "|---" * len(heads) + "|", *lines, "", f"Top-1 accuracy in percent; {facts}."])
 
 
 def nrr_dd(tables: Path) -> str:

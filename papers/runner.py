@@ -8,98 +8,27 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import statistics as stats
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from common import cli
-from common.hardware import autocast, hardware, precision_name, resolve_device, resolve_precision
+from common.hardware import autocast, hardware, resolve_device
 from common.store import Store, write_atomic
 from papers import plan, report
-from papers.plan import SCALES, Cell, Paper, load_paper, papers, select
+from papers.arguments import Args, describe, names_scale, parse, seconds
+from papers.plan import Cell, Paper, load_paper, select
 from papers.setups import Setup, setup_of
 from papers.stages import Lab, Stage
 
-__all__ = ["Args", "Run", "describe", "main", "parse", "run"]
-
-
-def _arg(default, help: str, **facts):
-    return field(default=default, metadata={"help": help, **facts})
-
-
-@dataclass(frozen=True)
-class Args:
-    """What to run and where."""
-
-    paper: str = field(metadata={"help": "paper to reproduce", "choices": papers()})
-    scale: str = _arg(
-        "auto", "smoke: digits, minutes; small: real images, hours; paper: as published", choices=("auto", *SCALES)
-    )
-    only: tuple[str, ...] = _arg((), "cells to run, e.g. table1/imagenette/10 (parts in order, * allowed)")
-    skip: tuple[str, ...] = _arg((), "cells to leave out, same patterns")
-    seeds: tuple[int, ...] = _arg((), "student seeds; empty: those of the scale", minimum=0)
-    budget: str = _arg("", "stop starting cells after this time, cheapest first (90s, 30m, 2h); empty: no limit")
-    device: str = _arg("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = _arg(
-        "auto", "arithmetic of the networks; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
-    )
-    data: str = _arg("", "folder of the data sets; empty: the environment variable DD_DATA")
-    out: str = _arg("tables", "folder for tables, figures and result files")
-    store: str = _arg("runs", "folder that caches teachers, distilled sets and students")
-    dry_run: bool = _arg(False, "print the plan and stop")
-
-    def __post_init__(self):
-        resolve_device(self.device)
-        seconds(self.budget)
-
-
-def seconds(text: str) -> float:
-    """'90s', '30m', '2h' or '' (no limit) in seconds; ValueError otherwise."""
-    if not text:
-        return float("inf")
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)):
-        raise ValueError(f"budget={text!r} is not a time; allowed: a number with s, m or h, e.g. 90s, 30m, 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def parse(argv: list[str]) -> Args:
-    """Arguments as a checked `Args` with the scale decided; UsageError names what is wrong and what is allowed."""
-    description = "Regenerates the tables and figures of a paper. Papers: " + ", ".join(papers()) + "."
-    args = cli.parse(Args, argv, prog="bash run_all.sh", description=description)
-    if args.scale == "auto":
-        args = replace(args, scale=default_scale()[0])
-    paper = load_paper(args.paper)
-    try:
-        select(paper.cells_at(args.scale), args.only, args.skip)
-    except ValueError as error:
-        raise cli.UsageError(str(error)) from error
-    return args
-
-
-def names_scale(argv: list[str]) -> bool:
-    return any(argument.startswith("scale=") and argument != "scale=auto" for argument in argv)
-
-
-def default_scale() -> tuple[str, str]:
-    """The scale without `scale=`, and why."""
-    if torch.cuda.is_available():
-        return "paper", "the default where a CUDA device is found"
-    return "smoke", "the default where no CUDA device is found"
-
-
-def describe(args: Args, *, asked: bool) -> str:
-    """The first line printed: what runs at which scale, and why (asked: scale= was given)."""
-    why = "asked for" if asked else default_scale()[1]
-    device = resolve_device(args.device)
-    precision = precision_name(resolve_precision(args.precision, device))
-    place = f"device={device}, precision={precision}, out={args.out}, store={args.store}"
-    return f"{args.paper}: scale={args.scale} ({why}), {place}"
+__all__ = ["Args", "Run", "describe", "main", "names_scale", "parse", "run"]
 
 
 @dataclass
@@ -164,19 +93,22 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
             out.append(Planned(cell, why="left out by only= or skip="))
         elif setup is None:
             out.append(Planned(cell, why=scale["why_missing"]))
-        elif setup.dataset in missing:
-            out.append(Planned(cell, setup, why=missing[setup.dataset]))
+        elif setup.sets in missing:
+            out.append(Planned(cell, setup, why=missing[setup.sets]))
         else:
             try:
-                timed = cell.metric == "time"
-                stages = [lab.images(setup, cell.algorithm, 0)] if timed else lab.students(cell, setup, seeds)
-                out.append(Planned(cell, setup, tuple(stages)))
+                out.append(Planned(cell, setup, tuple(stages_of(cell, setup, lab, seeds))))
             except FileNotFoundError as error:
-                missing[setup.dataset] = f"missing data: {error}"
-                out.append(Planned(cell, setup, why=missing[setup.dataset]))
+                missing[setup.sets] = f"missing data: {error}"
+                out.append(Planned(cell, setup, why=missing[setup.sets]))
             except ValueError as error:  # of this cell alone
                 out.append(Planned(cell, setup, why=f"failed: {error}"))
     return out
+
+
+def stages_of(cell: Cell, setup: Setup, lab: Lab, seeds: tuple[int, ...]) -> list[Stage]:
+    """The last stages of a cell; FileNotFoundError for missing data, ValueError for settings that cannot work."""
+    return [lab.images(setup, cell.algorithm, 0)] if cell.metric == "time" else lab.students(cell, setup, seeds)
 
 
 def pending(planned: Planned, lab: Lab) -> dict[str, Stage]:
@@ -230,51 +162,93 @@ def clock(s: float) -> str:
 # ---------------------------------------------------------------- run
 
 
+def lab_of(args: Args) -> Lab:
+    """Data, device and store of a run."""
+    return Lab(Store(Path(args.store).expanduser()), args.data or None, resolve_device(args.device), args.precision)
+
+
 def run(args: Args) -> Run:
     """Run the plan, write result files, tables and figures; a failing cell is reported and the others go on."""
     paper = load_paper(args.paper)
-    device = resolve_device(args.device)
-    lab = Lab(Store(Path(args.store).expanduser()), args.data or None, device, args.precision)
+    lab = lab_of(args)
     folder = Path(args.out).expanduser() / args.paper / args.scale
-    planned = make_plan(args, paper, lab)
     if args.dry_run:
+        planned = make_plan(args, paper, lab)
         print(show_plan(planned, lab))
         return Run(args, paper, lab, planned, folder, {})
-    try:
-        run_cells(planned, lab, folder, args)
-    finally:
-        finished = Run(args, paper, lab, planned, folder, read_results(planned, folder))
-        write_report(finished)
+    with engine(args) as run_planned:
+        planned = make_plan(args, paper, lab)
+        try:
+            run_planned(planned, lab, folder, args)
+        finally:
+            finished = Run(args, paper, lab, planned, folder, read_results(planned, folder))
+            write_report(finished)
     return finished
+
+
+@contextmanager
+def engine(args: Args):
+    """What runs the cells of a plan in this block: `run_cells`, or its counterpart on a cluster."""
+    if args.engine == "local":
+        yield run_cells
+        return
+    from papers import cluster  # the only way to Ray
+
+    with cluster.connected(args):
+        yield cluster.run_cells
+
+
+class Budget:
+    """Which cells may start: all of them without budget=, else the cheapest first until the time is used up."""
+
+    def __init__(self, args: Args, lab: Lab):
+        self.text, self.limit, self.lab, self.start = args.budget, seconds(args.budget), lab, time.monotonic()
+        self.limited = self.limit < float("inf")
+        self.rate = speed(lab) if self.limited else 1.0
+
+    def queue(self, planned: list[Planned]) -> list[Planned]:
+        """The cells that have stages, in the order to start them."""
+        cells = [p for p in planned if p.stages]
+        return sorted(cells, key=self.cost) if self.limited else cells
+
+    def cost(self, p: Planned) -> float:
+        """Estimated seconds."""
+        return sum(s.flops for s in pending(p, self.lab).values()) / self.rate
+
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    def allows(self, p: Planned) -> bool:
+        """Whether the cell may start now; one that may not says why."""
+        cost = self.cost(p) if self.limited else 0.0
+        if self.spent() + cost <= self.limit:
+            return True
+        p.why = f"budget={self.text} was used up (it needs about {clock(cost)})"
+        return False
 
 
 def run_cells(planned: list[Planned], lab: Lab, folder: Path, args: Args) -> None:
     """Run every cell that has stages; with a budget the cheapest first, until the time is used up."""
-    start, limit = time.monotonic(), seconds(args.budget)
-    queue = [p for p in planned if p.stages]
-    rate = 1.0
-    if limit < float("inf"):
-        rate = speed(lab)
-        queue.sort(key=lambda p: sum(s.flops for s in pending(p, lab).values()))
+    budget = Budget(args, lab)
+    queue = budget.queue(planned)
     for number, p in enumerate(queue, 1):
-        spent = time.monotonic() - start
-        cost = sum(s.flops for s in pending(p, lab).values()) / rate if limit < float("inf") else 0.0
-        if spent + cost > limit:
-            p.why = f"budget={args.budget} was used up (it needs about {clock(cost)})"
-            continue
-        try:
-            result = run_cell(p, lab, args)
-        except Exception as error:  # one cell must not take the others down; the log keeps the traceback
-            p.why = "failed: " + " ".join(str(error).split())
-            log = folder / "logs" / f"{p.cell.id.replace('/', '_')}.log"
-            write_atomic(log, traceback.format_exc().encode())
-            print(f"[{number}/{len(queue)}] {p.cell.id}  FAILED: {error} (traceback in {log})", flush=True)
-            continue
-        write_atomic(result_path(p.cell, folder), (json.dumps(result, indent=1) + "\n").encode())
-        number_text = (
-            f"{result['mean']:.2f} ± {result['std']:.2f}" if p.cell.metric == "accuracy" else f"{result['mean']:.4f} h"
-        )
-        print(f"[{number}/{len(queue)}] {p.cell.id}  {number_text}  ({clock(time.monotonic() - start)})", flush=True)
+        if budget.allows(p):
+            finish(p, lab, folder, args, f"[{number}/{len(queue)}]", budget.spent)
+
+
+def finish(p: Planned, lab: Lab, folder: Path, args: Args, place: str, spent: Callable[[], float]) -> None:
+    """Make the stages of a cell that are missing and write its result file; a failure is said and kept in a log."""
+    try:
+        result = run_cell(p, lab, args)
+    except Exception as error:  # one cell must not take the others down; the log keeps the traceback
+        p.why = "failed: " + " ".join(str(error).split())
+        log = folder / "logs" / f"{p.cell.id.replace('/', '_')}.log"
+        write_atomic(log, traceback.format_exc().encode())
+        print(f"{place} {p.cell.id}  FAILED: {error} (traceback in {log})", flush=True)
+        return
+    write_atomic(result_path(p.cell, folder), (json.dumps(result, indent=1) + "\n").encode())
+    number = f"{result['mean']:.4f} h" if p.cell.metric == "time" else f"{result['mean']:.2f} ± {result['std']:.2f}"
+    print(f"{place} {p.cell.id}  {number}  ({clock(spent())})", flush=True)
 
 
 def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
@@ -288,11 +262,13 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
         values, seeds = [(spent.get("statistics", 0.0) + spent["distill"]) / 3600], [0]
     else:
         last = [entries[lab.key(top)].meta for top in p.stages]
-        values, seeds = ([value for meta in last for value in meta[name]] for name in ("accuracies", "seeds"))
+        which = "accuracies" if p.cell.metric == "accuracy" else p.cell.metric
+        values, seeds = ([value for meta in last for value in meta[name]] for name in (which, "seeds"))
     by_name = {stage.name: entries[key].meta for key, stage in chain.items()}
     last_meta = entries[lab.key(p.stages[-1])].meta
     best = [value for top in p.stages for value in entries[lab.key(top)].meta.get("best", ())]
-    stored = by_name.get("relabel", {}).get("bytes", by_name["distill"].get("label_bytes", 0))
+    made = by_name.get("distill", {"bytes": 0})  # real images alone make no set
+    stored = by_name.get("relabel", {}).get("bytes", made.get("label_bytes", 0))
     label_bytes = last_meta.get("label_bytes", stored)  # a student may use less of them
     stages = [
         {"stage": stage.name, "key": key} | {k: entries[key].meta[k] for k in ("seconds", "finished", "made")}
@@ -304,7 +280,7 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
         "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": lab.run_on(p.setup),
         "settings": {**p.setup.facts(), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),
-        "bytes": {"images": by_name["distill"]["bytes"], "labels": label_bytes},
+        "bytes": {"images": made["bytes"], "labels": label_bytes},
         **stages[-1]["made"], "finished": stages[-1]["finished"], "stages": stages,
         "command": f"bash run_all.sh paper={args.paper} scale={args.scale} only={p.cell.id}",
     }  # fmt: skip

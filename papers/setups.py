@@ -49,6 +49,11 @@ class Setup:
     labels: str = "stored"  # soft labels: stored, recomputed from the seed, or online (views of each student's own)
     shorter: int | None = None
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The data sets it needs."""
+        return (self.dataset,)
+
     def facts(self) -> dict:
         """The settings part of a result file."""
         return {

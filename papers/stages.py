@@ -25,7 +25,7 @@ from common.store import Checkpoint, Entry, Product, Store
 from common.train import accuracy, fit
 from common.views import Recipe, normalise, steps_per_epoch
 from methods import nrr_dd
-from papers import image_stages, matching_stages
+from papers import image_stages, matching_stages, measured_stages
 from papers.matching_stages import MatchingSetup
 from papers.plan import Cell
 from papers.setups import Setup
@@ -227,7 +227,9 @@ class Lab:
     def students(self, cell: Cell, setup: Setup | MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
         """The last stages of a cell: their results hold one accuracy for each seed."""
         if isinstance(setup, MatchingSetup):
-            return matching_stages.students(self, cell, setup, seeds)
+            if cell.metric == "accuracy":
+                return matching_stages.students(self, cell, setup, seeds)
+            return measured_stages.measured(self, cell, setup, seeds)
         return [self.student(setup, self.images(setup, cell.algorithm, seed), seed) for seed in seeds]
 
     def _steps(self, setup: Setup) -> tuple[int, int]:

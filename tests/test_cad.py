@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import plain_rded
-from common import distilled, matching, networks, script
+from common import distilled, matching, networks, script_selection
 from common.augment import DiffAugment, rng
 from methods import cad, rded
 from methods.cad import Config, State
@@ -620,7 +620,7 @@ def test_the_script_keeps_a_set_and_trains_students_on_it(method, tmp_path, caps
     }  # fmt: skip
     said = []
     for _ in range(2):  # the second run finds everything
-        script.run_cad([f"{key}={value}" for key, value in arguments.items()], cad)
+        script_selection.run_cad([f"{key}={value}" for key, value in arguments.items()], cad)
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "2 students, protocol hard-truths-hard" in said[0]
     assert ("teacher: " in said[0]) == (method == "ca2d")

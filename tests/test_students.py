@@ -160,6 +160,7 @@ def test_protocols_are_the_published_ones():
         "dcbench-2022": (1001, 256, "sgd", 0.01, "hard", dsa),
         "dcbench-2022-plain": (301, 256, "sgd", 0.01, "hard", ""),
         "mixing-2025": (300, 256, "adam", 1e-3, "hard", ""),
+        "mixing-2025-dsa": (300, 256, "adam", 1e-3, "hard", dsa),
         "hard-truths-hard": (301, 256, "sgd", 0.01, "hard", dsa),
         "hard-truths-soft": (300, 256, "adamw", 1e-3, "kl", dsa),
         "hard-truths-online": (300, 256, "adamw", 1e-3, "online", dsa),

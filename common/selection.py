@@ -1,0 +1,41 @@
+"""Scoring runs of the coreset methods on a `Setting`, for their scripts and for the papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from common import matching
+from common.augment import CropResizeFlip, rng
+from common.store import Checkpoint
+
+__all__ = ["augment_of", "scored"]
+
+
+def augment_of(kind: str, on: matching.Setting, coresets: ModuleType) -> Any:
+    """The augmentation of a scoring run by its name in the table of methods/coresets.py."""
+    return {
+        "none": None, "dsa": on.augment, "crop": coresets.CropFlip(on.size // 8, flip=False),
+        "crop-flip": coresets.CropFlip(on.size // 8), "rrc-flip": CropResizeFlip(),
+    }[kind]  # fmt: skip
+
+
+def scored(work: Path, on: matching.Setting, method: ModuleType, config, augment: Any, seed: int, total: int):
+    """What the scoring run of a method leaves, resumable in the folder `work`; total: its steps as it counts them."""
+    checkpoint = Checkpoint(work / "state.safetensors")
+    saved = checkpoint.load()
+    state = method.State.restore(saved[0]) if saved else None
+    with tqdm(desc="score", unit="step", total=total, initial=state.step if state else 0, disable=None) as bar:
+
+        def on_step(state) -> None:
+            bar.update()
+            if checkpoint.due(state.step):
+                checkpoint.save(state.tensors(), {})
+
+        return method.score(
+            on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare, augment=augment,
+            generator=rng(seed, "scoring run"), device=on.device, state=state, on_step=on_step,
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""The arguments of a run, `paper=wmdd scale=smoke`: checked, completed, and described in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from common import cli
+from common.hardware import precision_name, resolve_device, resolve_precision
+from papers.plan import SCALES, load_paper, papers, select
+
+__all__ = ["Args", "describe", "names_scale", "parse", "seconds"]
+
+
+def _arg(default, help: str, **facts):
+    return field(default=default, metadata={"help": help, **facts})
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to run and where."""
+
+    paper: str = field(metadata={"help": "paper to reproduce", "choices": papers()})
+    scale: str = _arg(
+        "auto", "smoke: digits, minutes; small: real images, hours; paper: as published", choices=("auto", *SCALES)
+    )
+    only: tuple[str, ...] = _arg((), "cells to run, e.g. table1/imagenette/10 (parts in order, * allowed)")
+    skip: tuple[str, ...] = _arg((), "cells to leave out, same patterns")
+    seeds: tuple[int, ...] = _arg((), "student seeds; empty: those of the scale", minimum=0)
+    budget: str = _arg("", "stop starting cells after this time, cheapest first (90s, 30m, 2h); empty: no limit")
+    device: str = _arg("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = _arg(
+        "auto", "arithmetic of the networks; auto is bf16 where the device has it", choices=("auto", "bf16", "fp32")
+    )
+    data: str = _arg("", "folder of the data sets; empty: the environment variable DD_DATA")
+    out: str = _arg("tables", "folder for tables, figures and result files")
+    store: str = _arg("runs", "folder that caches teachers, distilled sets and students")
+    engine: str = _arg("local", "local: one stage after the other; ray: many at once", choices=("local", "ray"))
+    workers: int = _arg(0, "stages at once on this machine, with engine=ray; 0: as many as fit", minimum=0)
+    address: str = _arg("", "HOST:PORT of a running Ray cluster; empty: one of this run's own, on this machine")
+    shared_store: bool = _arg(True, "false where the machines of a cluster share no folder: results then travel by Ray")
+    dry_run: bool = _arg(False, "print the plan and stop")
+
+    def __post_init__(self):
+        resolve_device(self.device)
+        seconds(self.budget)
+        check_engine(self)
+
+
+def seconds(text: str) -> float:
+    """'90s', '30m', '2h' or '' (no limit) in seconds; ValueError otherwise."""
+    if not text:
+        return float("inf")
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)):
+        raise ValueError(f"budget={text!r} is not a time; allowed: a number with s, m or h, e.g. 90s, 30m, 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def check_engine(args: Args) -> None:
+    """ValueError for arguments of the engine that do not go together, or where Ray is wanted and not installed."""
+    if args.engine == "local":
+        given = {"workers": args.workers, "address": args.address, "shared_store": not args.shared_store}
+        if named := [name for name, value in given.items() if value]:
+            raise ValueError(f"{named[0]}= needs engine=ray; engine=local runs one stage after the other")
+        return
+    if importlib.util.find_spec("ray") is None:
+        fill = "bash run_all.sh python -m pip install -r requirements-cluster.txt -c constraints.txt"
+        raise ValueError(f"engine=ray needs Ray, which is not installed here: `{fill}` installs it")
+    if args.address and not re.fullmatch(r"[^\s:/]+:[1-9]\d{0,4}", args.address):
+        raise ValueError(f"address={args.address!r} is no place of a Ray cluster; allowed: HOST:PORT, e.g. node-1:6379")
+    if args.address and args.workers:
+        raise ValueError(f"workers={args.workers} is for this machine; on the cluster at address= as many run as fit")
+    if args.device.startswith("cuda:"):
+        raise ValueError(f"device={args.device} with engine=ray: Ray deals out the GPUs; allowed: auto, cpu, cuda")
+
+
+def parse(argv: list[str]) -> Args:
+    """Arguments as a checked `Args` with the scale decided; UsageError names what is wrong and what is allowed."""
+    description = "Regenerates the tables and figures of a paper. Papers: " + ", ".join(papers()) + "."
+    args = cli.parse(Args, argv, prog="bash run_all.sh", description=description)
+    if args.scale == "auto":
+        args = replace(args, scale=default_scale()[0])
+    paper = load_paper(args.paper)
+    try:
+        select(paper.cells_at(args.scale), args.only, args.skip)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    return args
+
+
+def names_scale(argv: list[str]) -> bool:
+    return any(argument.startswith("scale=") and argument != "scale=auto" for argument in argv)
+
+
+def default_scale() -> tuple[str, str]:
+    """The scale without `scale=`, and why."""
+    if torch.cuda.is_available():
+        return "paper", "the default where a CUDA device is found"
+    return "smoke", "the default where no CUDA device is found"
+
+
+def describe(args: Args, *, asked: bool) -> str:
+    """The first line printed: what runs at which scale, and why (asked: scale= was given)."""
+    why = "asked for" if asked else default_scale()[1]
+    device = resolve_device(args.device)
+    precision = precision_name(resolve_precision(args.precision, device))
+    place = f"device={device}, precision={precision}, out={args.out}, store={args.store}"
+    if args.engine != "local":
+        place += f", engine={args.engine}"
+    return f"{args.paper}: scale={args.scale} ({why}), {place}"

@@ -1,0 +1,142 @@
+"""The figures of Hard Truths: how far label regimes spread the sets, selectors, scores, and what is chosen.
+
+Each function takes a finished `papers.runner.Run` and returns a matplotlib Figure, or None where nothing that it shows
+has been made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+
+from common.matching import tested_images
+from papers import drawing
+from papers.hard_truths.analyses import el2n_sl, spearman
+from papers.matching_stages import setting_of, teacher_logits
+
+if TYPE_CHECKING:
+    from papers.runner import Run
+
+__all__ = ["figure_regimes", "figure_scores", "figure_selectors", "figure_sets"]
+
+REGIMES = ("HL", "SL", "SL+KD")
+SHOWN = {"Random real (ours)": "random real"}
+
+
+def spreads(data: pd.DataFrame) -> pd.DataFrame:
+    """Largest minus smallest mean accuracy over the sets that every regime has, by IPC and regime (points)."""
+    means = data.groupby(["ipc", "method", "setting"])["accuracy"].mean().unstack("setting")
+    means = means[[r for r in REGIMES if r in means]].dropna()
+    return means.groupby("ipc").agg(lambda column: column.max() - column.min())
+
+
+def figure_regimes(run: Run) -> Figure | None:
+    """Accuracy of every set under each regime, one line a set, one panel an IPC; the spread above each regime."""
+    data = drawing.values(run, "regimes")
+    if data is None:
+        return None
+    sets = data[data["ipc"].notna()].assign(method=lambda d: d["method"].replace(SHOWN))
+    ipcs, methods = sorted(set(sets["ipc"])), list(dict.fromkeys(sets["method"]))
+    palette = dict(zip(methods, sns.color_palette("husl", len(methods)), strict=True))
+    figure, axes = drawing.axes_of(2.6 * len(ipcs) + 2.2, 3.6, 1, len(ipcs), sharey=True)
+    spread = spreads(sets)
+    for ax, ipc in zip(axes[0], ipcs, strict=True):
+        own = sets[sets["ipc"] == ipc].copy()
+        own["setting"] = pd.Categorical(own["setting"], REGIMES, ordered=True)
+        drawing.lines(own, ax, x="setting", hue="method", hue_order=methods, palette=palette)
+        ax.set(xlabel="label regime", title=f"IPC {int(ipc)}")
+        ax.get_legend().remove()
+        for place, regime in enumerate(REGIMES):
+            if ipc in spread.index and regime in spread:
+                text = f"{spread.loc[ipc, regime]:.1f}"
+                ax.annotate(text, (place, own["accuracy"].max()), (0, 6), textcoords="offset points", ha="center")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    text = (
+        "The same sets under hard labels (HL), one teacher label an image (SL) and a teacher label a view (SL+KD), the"
+        " same number of steps. Above each regime: largest minus smallest mean accuracy of the sets that all regimes"
+        f" have, in points. {drawing.where(sets)} {drawing.error_bars(sets)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_selectors(run: Run) -> Figure | None:
+    """Every selector under hard labels at each IPC, best first, with random images as a line."""
+    data, others = drawing.values(run, "selectors"), drawing.values(run, "regimes")
+    if data is None:
+        return None
+    if others is not None:
+        data = pd.concat([data, others[(others["setting"] == "HL") & others["ipc"].isin(set(data["ipc"]))]])
+    data = data.assign(method=data["method"].replace(SHOWN))
+    ipcs = sorted(set(data["ipc"]))
+    figure, axes = drawing.axes_of(3.6 * len(ipcs) + 1.2, 0.19 * data["method"].nunique() + 1.0, 1, len(ipcs))
+    for ax, ipc in zip(axes[0], ipcs, strict=True):
+        own = data[data["ipc"] == ipc]
+        order = own.groupby("method")["accuracy"].mean().sort_values(ascending=False).index
+        sns.barplot(
+            own, x="accuracy", y="method", order=order, errorbar="sd", color="C0", ax=ax, err_kws={"linewidth": 1}
+        )
+        if "random real" in order:
+            ax.axvline(own[own["method"] == "random real"]["accuracy"].mean(), color="0.3", linestyle="--", linewidth=1)
+        ax.set(xlabel="top-1 accuracy (%)", ylabel="", title=f"IPC {int(ipc)}")
+        ax.tick_params(labelsize=7)
+    text = (
+        "Sets of each kind under hard labels, best first; dashed: random real images."
+        f" {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_scores(run: Run) -> Figure | None:
+    """EL2N against EL2N-SL of every training image: distributions, and how the two rank."""
+    cells = [p for p in run.planned if p.cell.table == "regimes" and p.cell.algorithm == "coreset" and p.stages]
+    for planned in cells:
+        bank = drawing.entry(run, planned, "bank")
+        teacher = next((p for p in run.planned if p.cell.setting == "SL" and drawing.entry(run, p, "teacher")), None)
+        if bank is not None and teacher is not None:
+            break
+    else:
+        return None
+    tensors, on = bank.tensors(), setting_of(run.lab, planned.setup)
+    error, labels = tensors["err_final"], tensors["labels"]
+    p = error + torch.nn.functional.one_hot(labels, error.shape[1])
+    logits = teacher_logits(run.lab, planned.setup, on, on.train.images)
+    hard, soft = error.norm(dim=1), el2n_sl(p.clamp(min=1e-12).log(), logits)
+    rho = spearman(hard.numpy(), soft.numpy())
+    figure, axes = drawing.axes_of(7.6, 3.0, 1, 2)
+    for values, name in ((hard / hard.max(), "EL2N"), (soft / soft.max(), "EL2N-SL")):
+        sns.kdeplot(values.numpy(), ax=axes[0, 0], label=name, clip=(0, 1), fill=True, alpha=0.3)
+    axes[0, 0].set(xlabel="score (share of its largest)", ylabel="density")
+    axes[0, 0].legend(frameon=False)
+    axes[0, 1].hexbin(hard.numpy(), soft.numpy(), gridsize=40, cmap="viridis", bins="log", mincnt=1)
+    axes[0, 1].set(xlabel="EL2N (no unit)", ylabel="EL2N-SL, T = 20 (no unit)", title=f"rank correlation {rho:.2f}")
+    text = (
+        f"Scores of the {len(labels)} training images ({planned.setup.run_on}) at the end of the scoring run: distance"
+        " of the prediction from the label (EL2N), and from the teacher's prediction, both at temperature 20, divided"
+        " by 20 (EL2N-SL, Lemma 1)."
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_sets(run: Run, classes: int = 10) -> Figure | None:
+    """The first image of some classes in each set of the comparison, at the smallest IPC that most sets have."""
+    cells = [p for p in run.planned if p.cell.table == "regimes" and p.cell.setting == "HL" and p.cell.ipc == 10]
+    found = [(p, made) for p in cells if (made := drawing.entry(run, p, "distill")) is not None]
+    if not found:
+        return None
+    first = setting_of(run.lab, found[0][0].setup)
+    shown = torch.linspace(0, len(first.train.classes) - 1, min(classes, len(first.train.classes))).long()
+    figure, axes = drawing.axes_of(0.75 * len(shown) + 1.6, 0.8 * len(found) + 0.3, len(found), len(shown))
+    for row, (planned, made) in enumerate(found):
+        images = tested_images(made.tensors())[shown * planned.cell.ipc]
+        for column, image in enumerate(setting_of(run.lab, planned.setup).pixels(images)):
+            drawing.show_image(axes[row, column], image.expand(3, -1, -1))
+        name = SHOWN.get(planned.cell.method, planned.cell.method)
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for column, k in enumerate(shown.tolist()):
+        axes[0, column].set_title(first.train.classes[k], fontsize=8)
+    text = f"The first image of each class in each set, {found[0][0].setup.run_on}, IPC 10; scores pick it as the best."
+    return drawing.captioned(figure, text, run)

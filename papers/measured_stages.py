@@ -1,0 +1,176 @@
+"""What is measured on students besides clean accuracy: gains, corruptions, attacks, similarity of layers.
+
+Everything here stands on the students of `matching_stages`: a measurement is a stage of its own on the networks that
+were kept, and its result has one value a student under the name of the metric.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from common import matching
+from common.attacks import robust_accuracy
+from common.augment import rng
+from common.cka import similarity
+from common.corruptions import CORRUPTIONS, STANDARD, corrupt, load_released, released_labels
+from common.store import Product
+from papers import matching_stages
+from papers.plan import Cell
+
+if TYPE_CHECKING:
+    from papers.matching_stages import MatchingSetup
+    from papers.stages import Lab, Stage
+
+__all__ = ["measured"]
+
+ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps is 8/255
+CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS}
+
+
+def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
+    """The stages behind a number that is no accuracy on clean images; ValueError for an unknown metric."""
+    train = functools.partial(matching_stages.students, lab, cell, seeds=seeds)
+    if cell.metric == "gain":
+        pairs = zip(train(replace(setup, mix={})), train(setup), strict=True)
+        return [_gain(lab, *pair) for pair in pairs]
+    if cell.metric in CORRUPTED:
+        return [_corrupted(lab, setup, trained) for trained in train(setup)]
+    if ATTACK.fullmatch(cell.metric):
+        return [_attacked(lab, setup, trained, cell.metric) for trained in train(setup)]
+    if cell.metric == "CKA":
+        reference = matching_stages.full_data(lab, replace(setup, mix={}), (0,))
+        return [_similar(lab, setup, trained, reference) for trained in train(setup)]
+    known = ("accuracy", "gain", *CORRUPTED, "fgsm-N accuracy", "pgd-N accuracy", "CKA")
+    raise ValueError(f"metric {cell.metric!r} is unknown; allowed: {', '.join(known)}")
+
+
+def networks_of(lab: Lab, setup: MatchingSetup, trained: Stage) -> list[nn.Module]:
+    """The students that a stage kept, in the order of their seeds."""
+    on, found = matching_stages.setting_of(lab, setup), []
+    tensors, meta = lab.entry(trained).tensors(), lab.entry(trained).meta
+    for place in range(len(meta["seeds"])):
+        net = on.make_network(rng(0))
+        net.load_state_dict({n.split("/", 1)[1]: v for n, v in tensors.items() if n.startswith(f"{place}/")})
+        found.append(net.to(on.device).eval())
+    return found
+
+
+def test_sample(lab: Lab, setup: MatchingSetup) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels, labels and places of the test images that are measured on: all, or a fixed random sample."""
+    on = matching_stages.setting_of(lab, setup)
+    count = min(setup.measure.get("images") or len(on.test), len(on.test))
+    rows = torch.randperm(len(on.test), generator=rng(0, "test sample"))[:count].sort().values
+    return on.test.images[rows].cpu(), on.test.labels[rows].cpu(), rows
+
+
+@torch.no_grad()
+def _accuracy(net: nn.Module, on: matching.Setting, pixels: Tensor, labels: Tensor) -> float:
+    right = sum(
+        int((net(on.prepare(x)).argmax(1).cpu() == y).sum())
+        for x, y in zip(pixels.split(500), labels.split(500), strict=True)
+    )
+    return 100 * right / len(labels)
+
+
+def _gain(lab: Lab, plain: Stage, mixed: Stage) -> Stage:
+    def build(work: Path) -> Product:
+        before, after = (lab.entry(stage).meta for stage in (plain, mixed))
+        gains = [b - a for a, b in zip(before["accuracies"], after["accuracies"], strict=True)]
+        return Product({}, {"gain": gains, "seeds": before["seeds"]})
+
+    return lab.stage("gain", {}, (plain, mixed), build, 0.0, f"gain of {mixed.what}", plain, mixed)
+
+
+def _severities(setup: MatchingSetup) -> list[int]:
+    return list(setup.measure.get("severities", range(1, 6)))
+
+
+def corrupted_images(lab: Lab, setup: MatchingSetup) -> Stage:
+    """The test images under every corruption, made once for all networks: uint8 [severities, N, C, H, W] each, labels.
+
+    The released files of CIFAR-10-C are used where they lie beside the data; they have an order of their own.
+    """
+    on, severities = matching_stages.setting_of(lab, setup), _severities(setup)
+    pixels, labels, rows = test_sample(lab, setup)
+    root = lab.root or os.environ.get("DD_DATA", "")
+    theirs = released_labels(root) if setup.dataset == "cifar10" and root else None
+
+    def build(work: Path) -> Product:
+        made = {}
+        for name in CORRUPTIONS:
+            if theirs is not None:
+                made[name] = load_released(root, name)[[s - 1 for s in severities]][:, rows]
+            else:
+                made[name] = torch.stack([corrupt(pixels, name, s, indices=rows) for s in severities])
+        own = labels if theirs is None else theirs[rows]
+        return Product({**made, "labels": own}, {"severities": severities})
+
+    settings = {"size": on.size, "images": len(rows), "severities": severities, "released": theirs is not None}
+    what = f"corrupted test images, {setup.run_on}"
+    return lab.stage("corruptions", settings, (on.test.fingerprint,), build, 0.0, what)
+
+
+def _corrupted(lab: Lab, setup: MatchingSetup, trained: Stage) -> Stage:
+    """Accuracy [students, corruptions, severities], and its means over the 15 standard and all 19 corruptions."""
+    on, made = matching_stages.setting_of(lab, setup), corrupted_images(lab, setup)
+
+    def build(work: Path) -> Product:
+        images = lab.entry(made).tensors()
+        table = torch.tensor([
+            [[_accuracy(net, on, pixels, images["labels"]) for pixels in images[name]] for name in CORRUPTIONS]
+            for net in networks_of(lab, setup, trained)
+        ])  # [students, 19, severities]
+        means = {
+            metric: table[:, [CORRUPTIONS.index(n) for n in names]].mean((1, 2)).tolist()
+            for metric, names in CORRUPTED.items()
+        }
+        return Product({"accuracy": table}, {**means, "seeds": lab.entry(trained).meta["seeds"]})
+
+    cost = len(CORRUPTIONS) * len(_severities(setup)) * len(test_sample(lab, setup)[1]) * on.flops
+    return lab.stage("corrupted", {}, (trained, made), build, cost, f"{trained.what}, corrupted images", trained, made)
+
+
+def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> Stage:
+    on = matching_stages.setting_of(lab, setup)
+    attack, eps = ATTACK.fullmatch(metric).groups()
+    pixels, labels, rows = test_sample(lab, setup)
+
+    def build(work: Path) -> Product:
+        found = [
+            robust_accuracy(
+                net, pixels, labels, attack=attack, eps=int(eps) / 255, prepare=on.inputs, seed=0, device=on.device
+            )
+            for net in networks_of(lab, setup, trained)
+        ]  # fmt: skip
+        return Product({}, {metric: found, "seeds": lab.entry(trained).meta["seeds"]})
+
+    settings = {"attack": attack, "eps255": int(eps), "images": len(rows)}
+    cost = len(rows) * (30 if attack == "pgd" else 3) * on.flops
+    return lab.stage("attacked", settings, (trained,), build, cost, f"{trained.what}, {attack} {eps}/255", trained)
+
+
+def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -> Stage:
+    """CKA of each layer of the full-data network with each of a student's; the number is the mean of the diagonal."""
+    on = matching_stages.setting_of(lab, setup)
+    pixels, _, rows = test_sample(lab, setup)
+
+    def build(work: Path) -> Product:
+        (theirs,), matrices = networks_of(lab, setup, reference), []
+        for net in networks_of(lab, setup, trained):
+            matrix, names, _ = similarity(theirs, net, pixels, prepare=on.prepare, device=on.device)
+            matrices.append(matrix)
+        diagonal = [float(m.diagonal().mean()) for m in matrices]
+        meta = {"CKA": diagonal, "layers": list(names), "seeds": lab.entry(trained).meta["seeds"]}
+        return Product({"similarity": torch.stack(matrices)}, meta)
+
+    cost = len(rows) * 8.0 * on.flops  # two networks, and three times that for the products of their layers
+    inputs, what = (trained, reference), f"layers of {trained.what}"
+    return lab.stage("similarity", {"images": len(rows)}, inputs, build, cost, what, trained, reference)

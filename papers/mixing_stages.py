@@ -1,0 +1,56 @@
+"""Natural mixing while students train: which real images, and the set of each student and epoch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from common import matching
+from common.augment import rng
+from common.datasets import load
+from methods import natural_mixing
+
+if TYPE_CHECKING:
+    from papers.matching_stages import MatchingSetup
+    from papers.stages import Lab
+
+__all__ = ["mixture", "pool_inputs"]
+
+FRACTALS = "fractals"
+
+
+@functools.cache
+def _other(lab: Lab, name: str, channels: int):
+    return load(name, lab.root, split="train", channels=channels, cache=lab.store.root / "cache")
+
+
+def pool_inputs(lab: Lab, setup: MatchingSetup, on: matching.Setting) -> tuple[str, ...]:
+    """Fingerprints of the images that are mixed in; FileNotFoundError says what is missing before anything runs."""
+    if not setup.mix:
+        return ()
+    name = setup.mix.get("pool", "")
+    if name == FRACTALS:
+        return (FRACTALS,)
+    channels = on.train.images.shape[1]
+    return ((_other(lab, name, channels) if name else on.train).fingerprint,)
+
+
+def mixture(
+    lab: Lab, setup: MatchingSetup, on: matching.Setting, tensors: dict[str, Tensor]
+) -> Callable[[int, int], Tensor]:
+    """(seed of the student, epoch) -> the set mixed with real images, as network input [M, C, H, W]."""
+    options = dict(setup.mix)
+    name, channels, labels = options.pop("pool", ""), on.train.images.shape[1], None
+    if name == FRACTALS:
+        pixels = natural_mixing.fractal_pool(1000, on.size, rng(0, "fractals"), channels)
+    elif name:
+        pixels = _other(lab, name, channels).center(on.size)
+    else:
+        pixels, labels = on.train.images, on.train.labels
+    pool = natural_mixing.Pool.of(pixels, labels, on.device, on.prepare)
+    config = natural_mixing.Config(**options)
+    images, own = matching.tested_images(tensors).to(on.device), tensors["labels"]
+    return lambda seed, epoch: natural_mixing.mixed_epoch(images, own, pool, config, rng(seed, "mix", epoch))

@@ -1,0 +1,138 @@
+"""The sets of Hard Truths that no matching method makes: coresets, CAD-Prune, CA2D, and sets of the other papers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common import matching
+from common.augment import rng
+from common.selection import augment_of, scored
+from common.store import Product
+from methods import cad, coresets
+from papers import image_stages
+from papers.plan import load_paper
+
+if TYPE_CHECKING:
+    from papers.matching_stages import MatchingSetup
+    from papers.stages import Lab, Stage
+
+__all__ = ["SELECTIONS", "images"]
+
+BORROWED = "image-set"  # a set that a paper with trained teachers made, found by its cell
+SELECTIONS = {"coreset": coresets, "cad": cad, BORROWED: None}
+SELECTS = (  # fields of a config of cad.py that the scoring run does not depend on
+    "method", "score", "window", "windows", "include_last", "factor", "crops", "crop", "pool")
+
+
+def images(lab: Lab, setup: MatchingSetup, on: matching.Setting, algorithm: str, seed: int) -> Stage:
+    """The distill stage: a set in network-input space, and which training images it is made of where it is."""
+    make = {"coreset": _coreset, "cad": _cad, BORROWED: _borrowed}[algorithm]
+    return make(lab, setup, on, seed)
+
+
+def _set(on: matching.Setting, tensors: dict[str, Tensor], ipc: int, **meta) -> Product:
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    preview = {"preview.png": matching.preview(on, tensors, ipc)}
+    return Product(tensors, {**meta, **matching.size_of(tensors)}, preview)
+
+
+# ---------------------------------------------------------------- coresets
+
+
+def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
+    options = {k: v for k, v in setup.distill.items() if k != "augment"}
+    config, ipc = coresets.Config(**options), setup.distill["ipc"]
+    needs = (_bank(lab, setup, on, config),) if coresets.METHODS[config.method] != "none" else ()
+
+    def build(work: Path) -> Product:
+        bank = coresets.Bank.restore(lab.entry(needs[0]).tensors()) if needs else coresets.Bank(on.train.labels.cpu())
+        found = coresets.select(bank, on.train.labels, config, generator=rng(seed, "selection"), device=on.device)
+        rows = found["indices"]
+        chosen = {"images": on.prepare(on.train.images[rows.to(on.train.images.device)]), "labels": found["labels"]}
+        return _set(on, {**chosen, "indices": rows}, ipc)
+
+    settings = {**matching.facts(on, seed), "method": "coresets", "config": asdict(config)}
+    what = f"{config.method} images, {setup.run_on}, IPC {ipc}"
+    return lab.stage("distill", settings, (on.train.fingerprint, *needs), build, 0.0, what, *needs)
+
+
+def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets.Config) -> Stage:
+    """One scoring run serves every selector that wants a run like it."""
+    kind = setup.distill.get("augment", "none")
+
+    def build(work: Path) -> Product:
+        bank = scored(work, on, coresets, config, augment_of(kind, on, coresets), 0, config.trained)
+        return Product(bank.tensors(), {})
+
+    run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
+    settings = {**matching.facts(on, 0), "run": run, "augment": kind}
+    cost = config.trained * 4.0 * len(on.train) * on.flops  # a step, and a look at every image
+    what = f"scores of {setup.run_on}, {config.trained} epochs"
+    return lab.stage("bank", settings, (on.train.fingerprint,), build, cost, what)
+
+
+# ---------------------------------------------------------------- CAD-Prune and CA2D
+
+
+def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
+    config, ipc = cad.Config(**setup.distill), setup.distill["ipc"]
+    run, train = _trajectory(lab, setup, on, config), on.train
+    teacher = (lab.teacher(setup.taught_by(on)),) if config.method == "ca2d" else ()
+
+    def build(work: Path) -> Product:
+        scores = lab.entry(run).tensors()["p_true" if config.score == "prob" else "el2n"]
+        _, window, windows, _ = cad.schedule(config, len(train.classes), len(train))
+        score = cad.dynamic_score(scores, window, windows, config.include_last)
+        if not teacher:
+            rows = cad.prune(score, train.labels.cpu(), ipc)
+            chosen = on.prepare(train.images[rows.to(train.images.device)])
+            return _set(on, {"images": chosen, "labels": train.labels.cpu()[rows], "indices": rows}, ipc)
+        data = lab.data(setup.dataset, "train")  # the teacher's own normalisation
+        made, labels = cad.synthesise(
+            lab.restored(teacher[0]), train.images, train.labels, score, config, mean=data.mean, std=data.std,
+            generator=rng(seed, "crops"),
+        )  # fmt: skip
+        return _set(on, {"images": on.inputs(made.to(on.device)), "labels": labels}, ipc)
+
+    settings = {**matching.facts(on, seed), "method": "cad", "config": asdict(config)}
+    what = f"{'CAD-Prune' if config.method == 'cad' else 'CA2D'}, {setup.run_on}, IPC {ipc}"
+    needs = (run, *teacher)
+    return lab.stage("distill", settings, (train.fingerprint, *needs), build, 0.0, what, *needs)
+
+
+def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: cad.Config) -> Stage:
+    def build(work: Path) -> Product:
+        return Product(scored(work, on, cad, config, on.augment, 0, steps), {})
+
+    run = {name: value for name, value in asdict(config).items() if name not in SELECTS}
+    looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
+    cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
+    settings, what = {**matching.facts(on, 0), "run": run}, f"compute-matched scores, {setup.run_on}, {steps} steps"
+    return lab.stage("trajectory", settings, (on.train.fingerprint,), build, cost, what)
+
+
+# ---------------------------------------------------------------- sets of other papers
+
+
+def _borrowed(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
+    """A set in pixels that another paper's cell stands on: distill: {paper, scale, cell}."""
+    from papers.setups import setup_of  # the other way round it imports the matching stages
+
+    paper, scale, name = (setup.distill[k] for k in ("paper", "scale", "cell"))
+    cell = next((c for c in load_paper(paper).cells_at(scale) if c.id == name), None)
+    theirs = cell and setup_of(load_paper(paper).scales[scale], cell)
+    if theirs is None or theirs.size != on.size or theirs.dataset != setup.dataset:
+        raise ValueError(f"{name!r} of paper={paper} scale={scale} is no set of {setup.dataset} at {on.size} px")
+    made, ipc = image_stages.IMAGES[cell.algorithm](lab, theirs, seed), theirs.distill["ipc"]
+
+    def build(work: Path) -> Product:
+        tensors = lab.entry(made).tensors()
+        pixels = (tensors["images"].clamp(0, 1) * 255).to(torch.uint8)  # as its own students see it
+        return _set(on, {"images": on.prepare(pixels), "labels": tensors["labels"]}, ipc)
+
+    return lab.stage("distill", {**matching.facts(on, 0), "borrowed": True}, (made,), build, 0.0, made.what, made)

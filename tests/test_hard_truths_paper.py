@@ -1,0 +1,137 @@
+"""The paper on hard truths as a user meets it: settings of its cells, label regimes, and a part of the smoke run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common import matching
+from common.protocols import PROTOCOLS
+from common.store import Store
+from methods import cad, coresets
+from papers import matching_stages, report, runner, setups
+from papers.hard_truths import figures
+from papers.plan import ROOT, load_paper
+from papers.stages import Lab
+
+PAPER = load_paper("hard_truths")
+ONLY = "regimes/random/10,regimes/cad-prune/10,regimes/ca2d/hl/10,regimes/k-centers-k-means/10,selectors/margin/10"
+
+
+def setup(scale: str, name: str):
+    (cell,) = (c for c in PAPER.cells_at(scale) if c.id == name)
+    return cell, setups.setup_of(PAPER.scales[scale], cell)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("hard_truths")
+
+
+@pytest.fixture(scope="module")
+def lab(place):
+    return Lab(Store(place / "runs"), None, torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    args = ["paper=hard_truths", "scale=smoke", f"store={place}/runs", f"out={place}/tables", "device=cpu"]
+    return runner.run(runner.parse([*args, f"only={ONLY}", "precision=fp32"]))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_the_regimes_are_those_of_the_supplement():
+    hard, soft, online = (
+        setup("paper", f"regimes/cifar-100/dm/{name}/convnet/50/own")[1].protocol for name in ("hl", "sl", "sl+kd")
+    )
+    assert [hard, soft, online] == [PROTOCOLS[f"hard-truths-{name}"] for name in ("hard", "soft", "online")]
+    assert (hard.passes, hard.lr, hard.batch) == (301, 0.01, 256)
+    assert (soft.labels, online.labels, soft.temperature) == ("kl", "online", 20.0)
+
+
+def test_published_settings_reach_the_selections():
+    _, pruned = setup("paper", "table8/cifar-100/cad-prune/hl/convnet/50/own")
+    config = cad.Config(**pruned.distill)
+    looks, window, windows, _ = cad.schedule(config, 100, 50_000)
+    assert (len(looks), window, windows) == (30, 28, 2)  # K = 30 at IPC 50
+    _, centers = setup("paper", "table3/cifar-100/k-centers/hl/convnet/10/own")
+    config = coresets.Config(**{k: v for k, v in centers.distill.items() if k != "augment"})
+    assert (config.method, config.epochs, config.lr, config.batch) == ("kmeans", 100, 0.01, 256)
+    assert centers.distill["augment"] == "dsa" and centers.teacher_network == "convnet3"
+    _, transfer = setup("paper", "table4/cifar-100/dm/sl/average-transfer/10/own")
+    assert transfer.transfer == ("mlp", "resnet18-dcbench", "resnet152-dcbench")
+
+
+def test_every_printed_number_of_small_data_sets_has_a_cell():
+    cells = {tuple(c.key().values()) for c in PAPER.cells_at("paper")}
+    printed = report.load_reported(ROOT / "hard_truths" / "reported.csv")
+    small = [r for r in printed if r["table"] in ("table3", "table4", "table5", "table8")]
+    assert len(small) > 60 and not [r for r in small if tuple(r[k] for k in report.KEY) not in cells]
+
+
+def test_selectors_of_one_run_share_it(lab):
+    names = ("margin", "glister", "forgetting-most", "herding")
+    banks = set()
+    for name in names:
+        _, chosen = setup("smoke", f"selectors/cifar-100/{name}/hl/convnet/10/own")
+        stage = matching_stages.images(lab, chosen, "coreset", 0)
+        banks.add(lab.key(stage.needs[0]))
+    assert len(banks) == 1
+
+
+def test_soft_regimes_want_a_teacher(lab):
+    cell, chosen = setup("smoke", "regimes/cifar-100/random/sl/convnet/10/own")
+    with pytest.raises(ValueError, match="'hard-truths-soft' and CA2D want a teacher"):
+        matching_stages.students(lab, cell, replace(chosen, teacher_network=""), (0,))
+
+
+def test_a_teacher_sees_pixels_as_it_was_trained_on(lab):
+    """The student's normalisation is undone: the same logits as on the teacher's own centre views."""
+    _, chosen = setup("smoke", "regimes/cifar-100/random/sl/convnet/10/own")
+    on = matching_stages.setting_of(lab, chosen)
+    quick = replace(chosen, teacher=replace(chosen.teacher, epochs=1))
+    logits = matching_stages.teacher_logits(lab, quick, on, on.train.images[:40])
+    net, data = lab.restored(lab.teacher(quick.taught_by(on))), lab.data("digits", "train")
+    views = data.center(on.size)[:40].float() / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
+    torch.testing.assert_close(logits, net((views - mean) / std).detach(), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- a part of the smoke run
+
+
+@pytest.mark.slow
+def test_sets_under_every_regime(run, lab):
+    assert not run.failed
+    found = {(r["method"], r["setting"]): r for r in run.results.values() if r["table"] == "regimes"}
+    assert len(found) == 10 and all(r["mean"] > 15 for r in found.values())
+    soft, online = found["CAD-Prune", "SL"], found["CAD-Prune", "SL+KD"]
+    assert soft["bytes"]["labels"] == 100 * 10 * 4 and online["bytes"]["labels"] == 0
+    assert soft["teacher_accuracy"] == online["teacher_accuracy"] > 80
+    assert {s["stage"] for s in found["CAD-Prune", "HL"]["stages"]} == {"trajectory", "distill", "students"}
+    assert {s["stage"] for s in found["CA2D", "HL"]["stages"]} == {"trajectory", "teacher", "distill", "students"}
+
+
+@pytest.mark.slow
+def test_chosen_images_are_training_images_of_their_class(run):
+    made = run.entry("regimes/cifar-100/cad-prune/hl/convnet/10/own").tensors()
+    _, chosen = setup("smoke", "regimes/cifar-100/cad-prune/hl/convnet/10/own")
+    on = matching.setting("digits", None, device=torch.device("cpu"), network=chosen.network)
+    assert torch.equal(on.prepare(on.train.images[made["indices"]]), made["images"])
+    assert torch.equal(on.train.labels[made["indices"]], made["labels"])
+    assert made["labels"].bincount().tolist() == [10] * 10 and len(made["indices"].unique()) == 100
+
+
+@pytest.mark.slow
+def test_figures_and_spreads(run):
+    import pandas as pd
+
+    drawn = {path.stem for path in run.folder.glob("*.png")}
+    assert {"figure_regimes", "figure_selectors", "figure_scores", "figure_sets"} <= drawn
+    data = pd.DataFrame(run.values("regimes"))
+    spread = figures.spreads(data)
+    sets = data[data["method"] != "CA2D"].groupby(["method", "setting"])["accuracy"].mean().unstack()
+    for regime in figures.REGIMES:
+        assert spread.loc[10, regime] == pytest.approx(sets[regime].max() - sets[regime].min())

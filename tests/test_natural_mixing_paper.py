@@ -1,0 +1,164 @@
+"""The paper on natural mixing as a user meets it: settings of its cells, shared sets, and a part of the smoke run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import matching
+from common.protocols import PROTOCOLS
+from common.store import Store
+from papers import matching_stages, measured_stages, mixing_stages, runner, setups
+from papers.natural_mixing import figures
+from papers.plan import SCALES, load_paper
+from papers.stages import Lab
+
+PAPER = load_paper("natural_mixing")
+ONLY = "robustness/*/dm/*/1,table1/*/dm/*/1,figure2/*/dm/*/1,figure1/full-data,controls/*/random/*/1"
+
+
+def setup(scale: str, name: str):
+    (cell,) = (c for c in PAPER.cells_at(scale) if c.id == name)
+    return cell, setups.setup_of(PAPER.scales[scale], cell)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("mixing")
+
+
+@pytest.fixture(scope="module")
+def lab(place):
+    return Lab(Store(place / "runs"), None, torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    args = ["paper=natural_mixing", "scale=smoke", f"store={place}/runs", f"out={place}/tables", "device=cpu"]
+    return runner.run(runner.parse([*args, f"only={ONLY}", "precision=fp32"]))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_students_train_by_the_released_script():
+    for name in ("dc", "dm", "dsa", "random"):
+        _, found = setup("paper", f"table1/cifar-10/{name}/mixed/convnet/50/own")
+        assert found.protocol == PROTOCOLS["mixing-2025"]
+        assert (found.protocol.epochs, found.protocol.lr, found.protocol.augment) == (300, 1e-3, "")
+        assert found.mix == {"alpha": "epoch"}
+    _, att = setup("paper", "table1/cifar-10/att/mixed/convnet/10/own")
+    assert att.protocol == PROTOCOLS["mtt-2022"] and att.distill["zca"]
+    assert not setup("paper", "table1/cifar-10/dc/baseline/convnet/50/own")[1].mix
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_sets_are_those_of_the_matching_paper(scale):
+    """Down to the last setting, so that both papers find them under one name in the store."""
+    matching_paper = load_paper("matching")
+    theirs = {c.id: c for c in matching_paper.cells_at(scale)}
+    for cell in PAPER.cells_at(scale):
+        twin = theirs.get(f"table1/cifar-10/{cell.algorithm}/convnet/{cell.ipc}/own")
+        if cell.table == "table1" and twin is not None:
+            ours = setups.setup_of(PAPER.scales[scale], cell)
+            other = setups.setup_of(matching_paper.scales[scale], twin)
+            assert (ours is None) == (other is None)
+            if ours is not None:
+                assert (ours.distill, ours.network, ours.size) == (other.distill, other.network, other.size)
+
+
+def test_every_printed_number_of_a_method_that_runs_has_a_cell():
+    cells = {tuple(c.key().values()) for c in PAPER.cells_at("paper")}
+    from papers import report
+
+    printed = report.load_reported(Path(runner.__file__).parent / "natural_mixing" / "reported.csv")
+    left = [r for r in printed if r["table"].startswith("table") and tuple(r[k] for k in report.KEY) not in cells]
+    assert {r["method"] for r in left} == {"GLaD"}
+
+
+# ---------------------------------------------------------------- stages
+
+
+def test_a_missing_pool_takes_its_own_cell_down_alone(tmp_path):
+    args = ["paper=natural_mixing", "scale=smoke", f"store={tmp_path}/runs", "device=cpu", "precision=fp32"]
+    args = runner.parse([*args, "only=controls/random/1"])
+    scale = {**PAPER.scales["smoke"]}
+    scale["data"] = {k: {**v, "pools": {"cifar100": "cifar100"}} for k, v in scale["data"].items()}
+    paper = replace(PAPER, scales={**PAPER.scales, "smoke": scale})
+    lab = Lab(Store(tmp_path / "runs"), str(tmp_path), torch.device("cpu"), "fp32")
+    planned = [p for p in runner.make_plan(args, paper, lab) if not p.why.startswith("left out")]
+    missing = [p for p in planned if p.why.startswith("missing data") and "cifar100" in p.why]
+    assert [p.cell.setting for p in missing] == ["no augmentation, mixed with any class"]
+    assert len([p for p in planned if p.stages]) == len(planned) - 1
+
+
+def test_mixtures_change_with_student_and_epoch_and_stay_in_the_class(lab):
+    _, chosen = setup("smoke", "table1/cifar-10/random/mixed/convnet/10/own")
+    on = matching_stages.setting_of(lab, chosen)
+    tensors = matching.random_subset(on, 10, 0)
+    see = mixing_stages.mixture(lab, chosen, on, tensors)
+    assert torch.equal(see(0, 0), see(0, 0))
+    assert not torch.equal(see(0, 0), see(0, 1)) and not torch.equal(see(0, 0), see(1, 0))
+    real = mixing_stages.mixture(lab, replace(chosen, mix={"alpha": "fixed", "share": 1.0}), on, tensors)(0, 0)
+    everything = on.prepare(on.train.images)
+    for image, label in zip(real[::17], tensors["labels"][::17], strict=True):
+        same = (everything - image).abs().flatten(1).amax(1) < 1e-6
+        assert label in on.train.labels[same]
+    fractal = mixing_stages.mixture(lab, replace(chosen, mix={"partner": "any", "pool": "fractals"}), on, tensors)
+    assert fractal(0, 0).shape == tensors["images"].shape
+
+
+def test_an_unknown_metric_is_named(lab):
+    cell, chosen = setup("smoke", "table1/cifar-10/dm/gain/convnet/1/own/gain")
+    with pytest.raises(ValueError, match="'speed' is unknown; allowed: accuracy, gain, corruption accuracy"):
+        measured_stages.measured(lab, replace(cell, metric="speed"), chosen, (0,))
+
+
+# ---------------------------------------------------------------- a part of the smoke run
+
+
+def results(run, table, **wanted):
+    return [r for r in run.results.values() if r["table"] == table and wanted.items() <= r.items()]
+
+
+@pytest.mark.slow
+def test_the_gain_is_a_difference_for_each_student(run):
+    assert not run.failed
+    (gain,), (plain,), (mixed,) = (results(run, "table1", setting=s) for s in ("gain", "baseline", "mixed"))
+    assert gain["values"] == [b - a for a, b in zip(plain["values"], mixed["values"], strict=True)]
+    assert plain["values"] != mixed["values"] and gain["settings"]["mix"] == {"alpha": "epoch"}
+    rows = {(r["setting"], r["method"]): r for r in run.rows("table1") if r["ipc"] == 1}
+    assert rows["gain", "DM"]["ours"] == pytest.approx(gain["mean"]) and rows["gain", "DM"]["reported"] == 17.89
+
+
+@pytest.mark.slow
+def test_robustness_has_every_metric_and_attacks_hurt(run):
+    found = {(r["setting"], r["metric"]): r["mean"] for r in results(run, "robustness")}
+    assert len(found) == 14
+    for arm in ("baseline", "mixed"):
+        assert found[arm, "corruption accuracy"] < found[arm, "accuracy"]
+        assert found[arm, "pgd-8 accuracy"] <= found[arm, "fgsm-8 accuracy"] + 1
+        assert found[arm, "fgsm-8 accuracy"] <= found[arm, "fgsm-1 accuracy"]
+
+
+@pytest.mark.slow
+def test_the_whole_set_teaches_most_and_similarity_is_a_share(run):
+    (full,) = results(run, "figure1", method="Full data")
+    assert full["mean"] > max(r["mean"] for r in results(run, "table1", metric="accuracy"))
+    values = [r["mean"] for r in results(run, "figure2")]
+    assert len(values) == 2 and all(0 < v < 1 for v in values)
+    assert full["bytes"]["images"] == 0 and full["ipc"] is None
+
+
+@pytest.mark.slow
+def test_controls_and_figures(run):
+    arms = {r["setting"]: r["mean"] for r in results(run, "controls")}
+    assert len(arms) == 9
+    assert arms["no augmentation, fresh real images alone"] > arms["no augmentation"]
+    drawn = {path.stem for path in run.folder.glob("*.png")}
+    assert {"figure2", "figure_gain", "figure_controls", "figure_robustness", "figure_mixtures"} <= drawn
+    assert figures.figure1(run) is None  # DC was left out
+    text = json.loads((run.folder / "cells" / "figure1_cifar-10_full-data_convnet_all_own.json").read_text())
+    assert text["settings"]["measure"]["full"]["epochs"] == 5
