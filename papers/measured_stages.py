@@ -165,7 +165,9 @@ def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -
     def build(work: Path) -> Product:
         (theirs,), matrices = networks_of(lab, setup, reference), []
         for net in networks_of(lab, setup, trained):
-            matrix, names, _ = similarity(theirs, net, pixels, prepare=on.prepare, device=on.device)
+            matrix, names, _ = similarity(
+                theirs, net, pixels, prepare=on.prepare, device=on.device, batch=min(256, len(pixels))
+            )
             matrices.append(matrix)
         diagonal = [float(m.diagonal().mean()) for m in matrices]
         meta = {"CKA": diagonal, "layers": list(names), "seeds": lab.entry(trained).meta["seeds"]}

@@ -86,9 +86,11 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
     scale = paper.scales[args.scale]
     seeds = args.seeds or tuple(scale["seeds"])
     out, missing = [], {}
-    chosen = {cell.id for cell in select(paper.cells_at(args.scale), args.only, args.skip)}
-    for cell in paper.cells_at(args.scale):
-        setup = setup_of(scale, cell)
+    cells = paper.cells_at(args.scale)
+    chosen = {cell.id for cell in select(cells, args.only, args.skip)}
+    kept = {cell.id for cell in select(cells, skip=scale.get("skip", ()))}
+    for cell in cells:
+        setup = setup_of(scale, cell) if cell.id in kept else None
         if cell.id not in chosen:
             out.append(Planned(cell, why="left out by only= or skip="))
         elif setup is None:

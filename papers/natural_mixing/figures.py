@@ -100,7 +100,7 @@ def figure_gain(run: Run) -> Figure | None:
     ours = ours.assign(method=ours["method"].replace(SHOWN))
     methods = list(dict.fromkeys([*printed["method"], *ours["method"]]))
     palette = dict(zip(methods, sns.color_palette(n_colors=len(methods)), strict=True))
-    figure, axes = drawing.axes_of(7.6, 3.2, 1, 2, sharey=True)
+    figure, axes = drawing.axes_of(8.6, 3.2, 1, 2, sharey=True)
     panels = ((printed, "as printed"), (ours, f"ours ({ours['run_on'].iloc[0]})"))
     for ax, (data, title) in zip(axes[0], panels, strict=True):
         order = [m for m in methods if m in set(data["method"])]
@@ -109,6 +109,11 @@ def figure_gain(run: Run) -> Figure | None:
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.set_ylabel("gain (percentage points)")
         ax.set_title(title, fontsize=9)
+        ax.get_legend().remove()
+    handles = {}
+    for ax in axes[0]:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     text = f"What mixing with real images adds to test accuracy on CIFAR-10. {drawing.error_bars(ours)}"
     return drawing.captioned(figure, text, run)
 
@@ -129,7 +134,7 @@ def figure_controls(run: Run) -> Figure | None:
     text = (
         "The same sets under the same number of steps: with and without augmentation, with and without real images"
         " mixed in, and fresh real images of the classes in place of the set. Mixing reads real images while students"
-        f" train, so what it must beat is the last arm. {drawing.where(data)} {drawing.error_bars(data)}"
+        f" train, so what it must beat is real images alone. {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run)
 
@@ -139,6 +144,7 @@ def figure_robustness(run: Run) -> Figure | None:
     data = drawing.values(run, "robustness")
     if data is None:
         return None
+    severities = run.paper.scales[run.args.scale]["measure"].get("severities", range(1, 6))
     data = data[data["metric"].isin(METRICS)].assign(arm=lambda d: d["setting"].map(ARMS))
     methods = list(dict.fromkeys(data["method"]))
     figure, axes = drawing.axes_of(3.0 * len(methods) + 1.2, 3.4, 1, len(methods), sharey=True)
@@ -153,8 +159,9 @@ def figure_robustness(run: Run) -> Figure | None:
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     text = (
-        "Students of the same sets on clean test images, under 15 corruptions (mean over severities; the frost textures"
-        " are procedural) and under attacks of the given size in pixels; PGD: 10 steps of a quarter, random start."
+        "Students of the same sets on clean test images, under 15 corruptions (mean over severities"
+        f" {', '.join(map(str, severities))}; the frost textures are procedural) and under attacks of the given size in"
+        " pixels; PGD: 10 steps of a quarter, random start."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run)
