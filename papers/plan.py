@@ -114,12 +114,13 @@ def _product(entry: Mapping, scale: str) -> list[Cell]:
         if name in entry
     }
     fixed = {k: v for k, v in entry.items() if k not in axes}
+    as_printed = fixed.pop("as_printed", False)  # the paper's random images are the same experiment as ours
     cells = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         own = fixed.get("algorithm")
         algorithm = own.get(chosen["method"]) if isinstance(own, Mapping) else own  # one for all, or by method
-        if chosen.get("method") == "Random":  # ours: a row of its own, never in the printed one
+        if chosen.get("method") == "Random" and not as_printed:  # ours: a row of its own, never in the printed one
             chosen |= {"method": RANDOM}
         algorithm = algorithm or ("random" if chosen["method"] == RANDOM else "wmdd")
         cells.append(Cell(**{**chosen, **fixed, "algorithm": algorithm}))

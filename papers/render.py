@@ -139,7 +139,7 @@ def _columns(rows: Sequence[Row], names: Sequence[str]) -> list[Column]:
 def _column(row: Row, names: Sequence[str]) -> Column:
     def label(name: str, value: object) -> str:
         if not value:
-            return "all" if name == "ipc" else "any"  # all training images; e.g. random images know no feature layer
+            return "no IPC" if name == "ipc" else "any"  # e.g. all images; random images, which know no feature layer
         return f"IPC {value}" if name == "ipc" else UNITS.get(value, value)
 
     return tuple(label(name, row[name]) for name in names)

@@ -15,7 +15,7 @@ from papers.plan import ROOT, load_paper
 from papers.stages import Lab
 
 PAPER = load_paper("hard_truths")
-ONLY = "regimes/random/10,regimes/cad-prune/10,regimes/ca2d/hl/10,regimes/k-centers-k-means/10,selectors/margin/10"
+ONLY = "regimes/random/10,regimes/cad-prune/10,regimes/ca2d/hl/10,selectors/margin/10"
 
 
 def setup(scale: str, name: str):
@@ -106,7 +106,7 @@ def test_a_teacher_sees_pixels_as_it_was_trained_on(lab):
 def test_sets_under_every_regime(run, lab):
     assert not run.failed
     found = {(r["method"], r["setting"]): r for r in run.results.values() if r["table"] == "regimes"}
-    assert len(found) == 10 and all(r["mean"] > 15 for r in found.values())
+    assert len(found) == 7 and all(r["mean"] > 15 for r in found.values())
     soft, online = found["CAD-Prune", "SL"], found["CAD-Prune", "SL+KD"]
     assert soft["bytes"]["labels"] == 100 * 10 * 4 and online["bytes"]["labels"] == 0
     assert soft["teacher_accuracy"] == online["teacher_accuracy"] > 80

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["figure_regimes", "figure_scores", "figure_selectors", "figure_sets"]
 
 REGIMES = ("HL", "SL", "SL+KD")
-SHOWN = {"Random real (ours)": "random real"}
+SHOWN = {"Random": "random real"}
 
 
 def spreads(data: pd.DataFrame) -> pd.DataFrame:
@@ -92,7 +92,7 @@ def figure_selectors(run: Run) -> Figure | None:
 
 def figure_scores(run: Run) -> Figure | None:
     """EL2N against EL2N-SL of every training image: distributions, and how the two rank."""
-    cells = [p for p in run.planned if p.cell.table == "regimes" and p.cell.algorithm == "coreset" and p.stages]
+    cells = [p for p in run.planned if p.cell.algorithm == "coreset" and p.stages]
     for planned in cells:
         bank = drawing.entry(run, planned, "bank")
         teacher = next((p for p in run.planned if p.cell.setting == "SL" and drawing.entry(run, p, "teacher")), None)
