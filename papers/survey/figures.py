@@ -1,0 +1,172 @@
+"""The figures of the survey: what it collects, as printed, and the leaderboard of our own runs.
+
+Each function takes a finished `papers.runner.Run` and returns a matplotlib Figure, or None where nothing that it shows
+has been made.  Numbers whose note begins with "doubtful:" are left out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from papers import drawing, plan, report
+
+if TYPE_CHECKING:
+    from papers.runner import Run
+
+__all__ = ["figure_compression", "figure_ipc", "figure_leaderboard", "figure_years", "scores"]
+
+TRAIN_IMAGES = {"CIFAR-10": 50_000, "CIFAR-100": 50_000, "Tiny ImageNet": 100_000, "ImageNet-1K": 1_281_167}
+CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "Tiny ImageNet": 200, "ImageNet-1K": 1000}
+SETTINGS = ("HL", "HL, no augmentation", "SL", "SL+KD")
+
+
+def collected() -> pd.DataFrame:
+    """The accuracies of Table 2 that are not doubtful, with family and year of their method."""
+    data = pd.DataFrame(report.load_reported(plan.ROOT / "survey" / "reported.csv"))
+    data = data[(data["table"] == "table2") & ~data["note"].str.startswith("doubtful:")]
+    methods = pd.read_csv(plan.ROOT / "survey" / "methods.csv").drop_duplicates("method").set_index("method")
+    years = methods["cited_year"].fillna(methods["year"])
+    return data.assign(family=data["setting"], year=data["method"].map(years), accuracy=data["value"])
+
+
+def _palette(families: list[str]) -> dict:
+    return dict(zip(families, sns.color_palette("tab20", len(families)), strict=True))
+
+
+def _legend_below(figure: Figure, axes) -> None:
+    """One legend for all panels."""
+    handles: dict = {}
+    for ax in axes:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        if ax.get_legend():
+            ax.get_legend().remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=7)
+
+
+def figure_ipc(run: Run) -> Figure:
+    """Every printed accuracy over images per class, coloured by family, one panel a data set."""
+    data = collected()
+    families = sorted(set(data["family"]))
+    figure, axes = drawing.axes_of(11.5, 3.2, 1, len(CLASSES))
+    for ax, dataset in zip(axes[0], CLASSES, strict=True):
+        own = data[data["dataset"] == dataset]
+        for family in (f for f in families if f in set(own["family"])):
+            for _, one in own[own["family"] == family].groupby(["method", "arch"]):
+                one = one.sort_values("ipc")
+                colour = _palette(families)[family]
+                ax.plot(one["ipc"], one["accuracy"], marker=".", linewidth=0.7, color=colour, label=family)
+        drawing.ipc_axis(ax, own["ipc"].astype(int))
+        ax.tick_params(axis="x", labelsize=6)
+        ax.set(title=dataset, ylabel="printed top-1 accuracy (%)" if ax is axes[0, 0] else "")
+    _legend_below(figure, axes[0])
+    text = (
+        "Accuracies as the survey prints them, one line a method and network, coloured by family. Each is another"
+        " paper's claim under a protocol of its own: networks, labels and epochs differ, so lines do not rank methods."
+    )
+    return drawing.captioned(figure, text)
+
+
+def figure_years(run: Run) -> Figure:
+    """The best printed accuracy up to each year, by data set and images per class."""
+    data = collected().dropna(subset=["year"])
+    figure, axes = drawing.axes_of(11.5, 3.0, 1, len(CLASSES))
+    for ax, dataset in zip(axes[0], CLASSES, strict=True):
+        own = data[data["dataset"] == dataset]
+        for number, ipc in enumerate((1, 10, 50)):
+            best = own[own["ipc"] == ipc].groupby("year")["accuracy"].max().sort_index().cummax()
+            if len(best):
+                look = {"where": "post", "marker": "o", "markersize": 3, "color": f"C{number}"}
+                ax.step(best.index, best, label=f"IPC {ipc}", **look)
+        ax.set(title=dataset, xlabel="year of the reference")
+        ax.set_xticks(sorted(set(own["year"].astype(int))))
+        ax.tick_params(axis="x", labelsize=7)
+    axes[0, 0].set_ylabel("best printed accuracy so far (%)")
+    _legend_below(figure, axes[0])
+    text = (
+        "Best accuracy that the survey prints up to each year. Soft labels of a teacher and larger networks came with"
+        " the decoupled methods, so part of the rise is the protocol."
+    )
+    return drawing.captioned(figure, text)
+
+
+def figure_compression(run: Run) -> Figure:
+    """Printed accuracy over the share of the training images that is kept."""
+    data = collected()
+    kept = data["ipc"] * data["dataset"].map(CLASSES) / data["dataset"].map(TRAIN_IMAGES)
+    data = data.assign(kept=100 * kept)
+    families = sorted(set(data["family"]))
+    figure, ((ax,),) = drawing.axes_of(7.2, 3.6)
+    sns.scatterplot(
+        data, x="kept", y="accuracy", hue="family", hue_order=families, palette=_palette(families), style="dataset",
+        style_order=list(CLASSES), s=18, ax=ax,
+    )  # fmt: skip
+    ax.set(xscale="log", xlabel="images kept (% of the training set, log scale)", ylabel="printed top-1 accuracy (%)")
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=6)
+    text = "Accuracies as printed over how much of the training set is kept; soft labels are not counted."
+    return drawing.captioned(figure, text)
+
+
+def figure_leaderboard(run: Run) -> Figure | None:
+    """Our runs: every set under one protocol, hard and soft labels, one panel an IPC."""
+    data = drawing.values(run, "leaderboard")
+    if data is None or not len(data := data[data["ipc"].notna()]):
+        return None
+    ipcs = sorted(set(data["ipc"]))
+    figure, axes = drawing.axes_of(4.4 * len(ipcs) + 1.2, 3.4, 1, len(ipcs), sharey=True)
+    for ax, ipc in zip(axes[0], ipcs, strict=True):
+        own = data[data["ipc"] == ipc]
+        order = own[own["setting"] == "HL"].groupby("method")["accuracy"].mean().sort_values(ascending=False).index
+        sns.barplot(
+            own, x="method", y="accuracy", order=order, hue="setting", hue_order=SETTINGS, errorbar="sd",
+            palette="colorblind", capsize=0.15, err_kws={"linewidth": 1}, ax=ax,
+        )  # fmt: skip
+        ax.set(xlabel="", ylabel="top-1 accuracy (%)", title=f"IPC {int(ipc)}")
+        ax.tick_params(axis="x", rotation=40, labelsize=7)
+    _legend_below(figure, axes[0])
+    text = (
+        "The same student, epochs and steps for every set, ordered by accuracy under hard labels (HL); SL: one teacher"
+        f" label an image; SL+KD: a teacher label a view. {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def scores(run: Run) -> pd.DataFrame:
+    """One row a set and IPC: accuracies, hard-label recovery, improvement over random, robust scores, seconds, bytes.
+
+    Scores are percentage points and percent; a score whose accuracies were not all run is missing.
+    """
+    from papers.hard_truths import scaling
+
+    found = {(r["method"], r["ipc"], r["setting"]): r for r in run.results.values() if r["table"] == "leaderboard"}
+    full = next((r for (m, _, _), r in found.items() if m == "All training images"), None)
+
+    def of(method: str, ipc: int, setting: str) -> list[float] | None:
+        return [v / 100 for v in found[method, ipc, setting]["values"]] if (method, ipc, setting) in found else None
+
+    rows = []
+    for method, ipc in dict.fromkeys((m, i) for m, i, _ in found if i is not None):
+        hard, plain, soft = (of(method, ipc, s) for s in ("HL", "HL, no augmentation", "SL+KD"))
+        rivals = {s: of("Random", ipc, s) for s in SETTINGS}
+        whole = [v / 100 for v in full["values"]] if full else None
+        row = {"method": method, "ipc": ipc}
+        row |= {s: found[method, ipc, s]["mean"] if (method, ipc, s) in found else None for s in SETTINGS}
+        if whole and hard:
+            row["hard-label recovery"] = 100 * scaling.hard_label_recovery(whole, hard).value
+        if method != "Random":
+            for setting in SETTINGS:
+                if (ours := of(method, ipc, setting)) and rivals[setting]:
+                    row[f"over random, {setting}"] = 100 * scaling.improvement_over_random(ours, rivals[setting]).value
+            if whole and hard and soft and rivals["SL+KD"]:
+                row["label robust score"] = 100 * scaling.label_robust_score(soft, rivals["SL+KD"], whole, hard).value
+            if hard and plain and rivals["HL"] and rivals["HL, no augmentation"]:
+                score = scaling.augmentation_robust_score(hard, rivals["HL"], plain, rivals["HL, no augmentation"])
+                row["augmentation robust score"] = 100 * score.value
+        cell = found.get((method, ipc, "HL")) or next(r for (m, i, _), r in found.items() if (m, i) == (method, ipc))
+        row |= {"seconds to make": sum(s for name, s in cell["seconds"].items() if name != "students")}
+        row |= {"image bytes": cell["bytes"]["images"]}
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,44 @@
+"""docs/claims.md is that of the committed result files, and says of each number what it may claim."""
+
+import json
+from pathlib import Path
+
+from papers import claims
+from papers.plan import SCALES, papers
+from papers.report import load_cells
+
+TABLES = Path(__file__).resolve().parent.parent / "tables"
+
+
+def test_the_page_is_that_of_the_committed_files():
+    assert claims.PAGE.read_text(encoding="utf-8") == claims.page(TABLES), "run: python -m papers.claims"
+
+
+def test_every_number_on_real_images_has_a_row_and_no_number_of_digits_has():
+    text = claims.page(TABLES)
+    for paper in papers():
+        for scale in SCALES:
+            for cell in load_cells(TABLES / paper / scale / "cells"):
+                listed = f"| {scale} | `{cell['cell']}` |" in text
+                assert listed == (scale != "smoke"), cell["cell"]
+
+
+def cell(tmp_path, **changes):
+    """A result file of WMDD's Table 1 at published settings, in a folder of tables of its own."""
+    file = next((TABLES / "wmdd" / "small" / "cells").glob("table1_imagenette_wmdd_resnet-18_10_soft.json"))
+    folder = tmp_path / "wmdd" / changes.pop("scale", "paper") / "cells"
+    folder.mkdir(parents=True)
+    (folder / "one.json").write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return tmp_path
+
+
+def test_a_number_near_print_is_reproduced_and_one_far_from_it_differs(tmp_path):
+    near = claims.page(cell(tmp_path / "near", mean=64.9, std=0.4, values=[64.5, 64.9, 65.3]))
+    far = claims.page(cell(tmp_path / "far", mean=60.0, std=0.4, values=[59.6, 60.0, 60.4]))
+    assert "| 64.8 ± 0.4 | 64.90 ± 0.40 (3) | reproduced |" in near
+    assert "| 64.8 ± 0.4 | 60.00 ± 0.40 (3) | differs |" in far
+
+
+def test_hard_labels_meet_no_number_of_soft_ones(tmp_path):
+    text = claims.page(cell(tmp_path, scale="small", label_regime="hard"))
+    assert "| - | 59.8" in text and "64.8" not in text
