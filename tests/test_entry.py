@@ -169,7 +169,8 @@ def test_requirements_are_what_is_imported(environment):
     names = {"ot": "POT", "PIL": "Pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
     others = imported - sys.stdlib_module_names - {path.name for path in ROOT.iterdir()} - {"environment"}
     used = {canonicalize_name(names.get(module, module)) for module in others}
-    lines = environment.requirement_lines(ROOT / "requirements.txt")
+    files = (ROOT / "requirements.txt", ROOT / "requirements-cluster.txt")
+    lines = [line for file in files for line in environment.requirement_lines(file)]
     listed = {canonicalize_name(Requirement(line).name) for line in lines}
     beside = {"pyarrow", "ipython"}  # optional, for parquet dumps; a part of ipykernel
     assert used - beside <= listed
