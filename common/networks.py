@@ -61,11 +61,16 @@ def _vit(name: str, classes: int, size: int, channels: int) -> nn.Module:
 
 
 def _dcbench(depth: int, classes: int, size: int, channels: int) -> nn.Module:
-    """DC-Bench's Tiny-ImageNet students: ImageNet stem, instance norm, default initialisation of every layer."""
-    if size <= 32:  # the last map has one pixel, and its norm would wipe out the image
-        raise ValueError(f"size={size} is too small for resnet{depth}-dcbench: 33 is the least")
+    """DC-Bench's students: instance norm, default initialisation of every layer; a 3 x 3 stem up to 32 px.
+
+    Above that (Tiny-ImageNet) the stem of ImageNet.
+    """
+    if size <= 8:  # the last map has one pixel, and its norm would wipe out the image
+        raise ValueError(f"size={size} is too small for resnet{depth}-dcbench: 9 is the least")
     net = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes, norm_layer=InstanceNorm)
-    if channels != 3:
+    if size <= 32:
+        net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.Identity()
+    elif channels != 3:
         net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     return net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
 

@@ -31,7 +31,7 @@ class Mixing(Common):
     set: str = arg("", "distilled set, a file or folder of any known layout; empty: random real images")
     ipc: int = arg(10, "images per class where set= is empty", unit="images", minimum=1)
     normalisation: str = arg("", "constants of a .pt file; empty: the data set's own", choices=("", *NORMALISATION))
-    zca: bool = arg(False, "whiten the set's pixels and the real images (for a file that does not say so itself)")
+    zca: bool = arg(False, "whiten set and real images; files of white pixels (images_zca_*): with normalisation=none")
     pool: str = arg("", "what is mixed in: the training set (empty), fractals, or another data set by name")
     network: str = arg("", "the student; empty: the ConvNet of the papers for this size")
     students: int = arg(1, "students of each kind", minimum=1)
@@ -88,6 +88,8 @@ def _set_to_mix(args: Mixing, device: torch.device, store: Store) -> tuple[match
     channels = on.train.images.shape[1]
     constants = NORMALISATION.get(args.normalisation, (on.train.mean, on.train.std))
     own = distilled.load(args.set, mean=constants[0][:channels], std=constants[1][:channels])
+    if len(own.classes) != len(on.train.classes):
+        raise ValueError(f"{args.set} has {len(own.classes)} classes, {args.dataset} {len(on.train.classes)}")
     if own.whitening and own.whitening["fitted_on"] != on.train.fingerprint:
         raise ValueError(f"{args.set} was whitened on other images than the training set of {args.dataset} found here")
     if args.zca or own.whitening:

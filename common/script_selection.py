@@ -42,6 +42,9 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
                           store=store)  # fmt: skip
     method.check(config, on.train.labels)
     augment = augment_of(kind, on, method)
+    protocol = PROTOCOLS[args.protocol or "hard-truths-hard"]
+    if protocol.labels != "hard" or protocol.lr is None:
+        raise ValueError(f"protocol={protocol.name} wants labels or a step size that a coreset does not bring")
     facts, inputs, bank = matching.facts(on, args.seed), (on.train.fingerprint,), method.Bank(on.train.labels.cpu())
     if config.method != "random":
 
@@ -51,14 +54,14 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
         settings = {**facts, "augment": kind, "run": {f: getattr(config, f) for f in method.RUN_FIELDS}}
         entry = store.make("bank", settings, inputs, recorded(score, device))
         bank, inputs = method.Bank.restore(entry.tensors()), (*inputs, entry.key)
-    protocol = PROTOCOLS[args.protocol or "hard-truths-hard"]
     pixels, labels = on.train.images, on.train.labels
 
     def tried(chosen: Tensor, held: Tensor) -> float:
         """Accuracy on training images that are held out, of one student on others."""
         found = train_students(
             on.prepare(pixels[chosen]), labels[chosen], pixels[held], labels[held], make_network=on.make_network,
-            protocol=protocol, seeds=[args.seed], prepare=on.prepare, augment=on.augment, device=device,
+            protocol=protocol, seeds=[args.seed], prepare=on.prepare, device=device,
+            augment=on.augment if protocol.augment else None,
         )  # fmt: skip
         return found.accuracies[0]
 

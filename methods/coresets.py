@@ -35,10 +35,11 @@ Where DeepCore or an official code differs, and what is taken here (options have
   herding      DeepCore takes the argmax, which picks outliers; argmin here
   cal          DeepCore keeps the smallest divergences, the original the largest; DeepCore's here
   glister      DeepCore's update never runs (a misspelt keyword): the first gains rank all; so here, `update` mends it
-  craig        DeepCore's weights are one too high; the member counts here
+  craig        DeepCore's weights are one too high; the member counts here (returned; students here do not use them)
   least conf.  DeepCore reads the largest logit; the probability here
   forgetting   an image that was never learned counts 0 in DeepCore (easiest); last of the easy ones here
-  dyn_unc      the official code leaves out the last window; it and the constant factor 10 change no ranking
+  dyn_unc      the official code leaves out the last window, and has a factor of 10 that changes no ranking: neither
+               is an option
   balance      EL2N, Dyn-Unc, DUAL and GraNd rank all classes together (balanced=false); by class here
   k-means      starts are compared in a random projection, `sketch` dimensions wide; the best is refined in all of them
 Needs torch alone; copy this file alone.
@@ -151,7 +152,8 @@ RUN_FIELDS = (
     "epochs", "stop", "batch", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones", "gamma",
     "precision",
 )  # fmt: skip
-# Scoring runs by (data set or None for the others, kind of METHODS).  Networks: ResNet-18, for "features" the ConvNet.
+# Scoring runs by (data set or None for the others, kind of METHODS).  The sources train a ResNet-18, for "features" the
+# ConvNet; another network may want another lr.
 # "augment" is what `score` is to be given: crop-flip, crop, dsa, rrc-flip or none.  Sources: data_diet (early and
 # dynamics), behaapyy/dual-pruning (dual), DeepCore (gradients), DC-Bench's evaluator (features); lengths for
 # Tiny-ImageNet and ImageNet are ours.

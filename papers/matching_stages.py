@@ -105,7 +105,10 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     taught = merged(scale.get("teacher"), data.get("teacher"))
     teacher_network = taught.pop("network", "")
     base = teachers.RECIPES[taught.pop("recipe", "cifar")]
-    transfer, student_network = scale.get("transfer", {}).get(cell.arch, ""), ""
+    students_of, student_network = scale.get("transfer", {}), ""
+    if cell.arch != "ConvNet" and cell.arch not in students_of:
+        return None
+    transfer = students_of.get(cell.arch, "")
     if isinstance(transfer, str):
         transfer, student_network = (), transfer
     return MatchingSetup(

@@ -20,7 +20,7 @@ from common import matching
 from common.attacks import robust_accuracy
 from common.augment import rng
 from common.cka import similarity
-from common.corruptions import CORRUPTIONS, STANDARD, corrupt, load_released, released_labels
+from common.corruptions import CORRUPTIONS, PROCEDURAL, STANDARD, corrupt, load_released, released_labels
 from common.store import Product
 from papers import matching_stages
 from papers.plan import Cell
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["measured"]
 
 ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps is 8/255
-CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS}
+REFERENCE_SEED = 1000  # that of no student, which would start from the same weights
+CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS, "frost accuracy": PROCEDURAL}
 
 
 def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
@@ -46,7 +47,7 @@ def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
     if ATTACK.fullmatch(cell.metric):
         return [_attacked(lab, setup, trained, cell.metric) for trained in train(setup)]
     if cell.metric == "CKA":
-        reference = matching_stages.full_data(lab, replace(setup, mix={}), (0,))
+        reference = matching_stages.full_data(lab, replace(setup, mix={}), (REFERENCE_SEED,))
         return [_similar(lab, setup, trained, reference) for trained in train(setup)]
     known = ("accuracy", "gain", *CORRUPTED, "fgsm-N accuracy", "pgd-N accuracy", "CKA")
     raise ValueError(f"metric {cell.metric!r} is unknown; allowed: {', '.join(known)}")
@@ -55,6 +56,8 @@ def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
 def networks_of(lab: Lab, setup: MatchingSetup, trained: Stage) -> list[nn.Module]:
     """The students that a stage kept, in the order of their seeds."""
     on, found = matching_stages.setting_of(lab, setup), []
+    if setup.student_network:
+        on = replace(on, network=setup.student_network)
     tensors, meta = lab.entry(trained).tensors(), lab.entry(trained).meta
     for place in range(len(meta["seeds"])):
         net = on.make_network(rng(0))
@@ -119,7 +122,10 @@ def corrupted_images(lab: Lab, setup: MatchingSetup) -> Stage:
 
 
 def _corrupted(lab: Lab, setup: MatchingSetup, trained: Stage) -> Stage:
-    """Accuracy [students, corruptions, severities], and its means over the 15 standard and all 19 corruptions."""
+    """Accuracy [students, corruptions, severities], and its means over the 15 standard and all 19 corruptions.
+
+    A procedural frost is not the published one: it is left out of the means, which are then over 14 and 18.
+    """
     on, made = matching_stages.setting_of(lab, setup), corrupted_images(lab, setup)
 
     def build(work: Path) -> Product:
@@ -128,11 +134,13 @@ def _corrupted(lab: Lab, setup: MatchingSetup, trained: Stage) -> Stage:
             [[_accuracy(net, on, pixels, images["labels"]) for pixels in images[name]] for name in CORRUPTIONS]
             for net in networks_of(lab, setup, trained)
         ])  # [students, 19, severities]
-        means = {
-            metric: table[:, [CORRUPTIONS.index(n) for n in names]].mean((1, 2)).tolist()
-            for metric, names in CORRUPTED.items()
-        }
-        return Product({"accuracy": table}, {**means, "seeds": lab.entry(trained).meta["seeds"]})
+        apart = () if made.settings["released"] else PROCEDURAL
+        means = {}
+        for metric, names in CORRUPTED.items():
+            kept = [n for n in names if n not in apart or names == PROCEDURAL]
+            means[metric] = table[:, [CORRUPTIONS.index(n) for n in kept]].mean((1, 2)).tolist()
+        seeds = lab.entry(trained).meta["seeds"]
+        return Product({"accuracy": table}, {**means, "left_out": list(apart), "seeds": seeds})
 
     cost = len(CORRUPTIONS) * len(_severities(setup)) * len(test_sample(lab, setup)[1]) * on.flops
     return lab.stage("corrupted", {}, (trained, made), build, cost, f"{trained.what}, corrupted images", trained, made)

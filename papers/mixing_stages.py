@@ -53,4 +53,6 @@ def mixture(
     pool = natural_mixing.Pool.of(pixels, labels, on.device, on.prepare)
     config = natural_mixing.Config(**options)
     images, own = matching.tested_images(tensors).to(on.device), tensors["labels"]
+    if "soft_labels" in tensors:  # a set that learned its labels
+        own = tensors["soft_labels"].argmax(1)
     return lambda seed, epoch: natural_mixing.mixed_epoch(images, own, pool, config, rng(seed, "mix", epoch))

@@ -45,7 +45,7 @@ def _set(on: matching.Setting, tensors: dict[str, Tensor], ipc: int, **meta) -> 
 
 
 def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
-    options = {k: v for k, v in setup.distill.items() if k != "augment"}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items() if k != "augment"}
     config, ipc = coresets.Config(**options), setup.distill["ipc"]
     needs = (_bank(lab, setup, on, config),) if coresets.METHODS[config.method] != "none" else ()
 
@@ -80,7 +80,8 @@ def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets
 
 
 def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
-    config, ipc = cad.Config(**setup.distill), setup.distill["ipc"]
+    ipc = setup.distill["ipc"]
+    config = cad.Config(**{"student_epochs": setup.protocol.epochs, **setup.distill})  # the budget that is matched
     run, train = _trajectory(lab, setup, on, config), on.train
     teacher = (lab.teacher(setup.taught_by(on)),) if config.method == "ca2d" else ()
 

@@ -62,7 +62,7 @@ def test_exactly_the_weight_matrices_decay():
         ("vgg11-bn", {"size": 28}, "size=28 is too small for vgg11"),
         ("resnet18-instance", {"size": 8}, "9 is the least"),
         ("resnet18-ap-instance", {"size": 15}, "16 is the least"),
-        ("resnet18-dcbench", {"size": 32}, "33 is the least"),
+        ("resnet18-dcbench", {"size": 8}, "9 is the least"),
     ],
 )
 def test_wrong_networks_are_named(name, arguments, words):

@@ -159,9 +159,9 @@ def figure_robustness(run: Run) -> Figure | None:
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     text = (
-        "Students of the same sets on clean test images, under 15 corruptions (mean over severities"
-        f" {', '.join(map(str, severities))}; the frost textures are procedural) and under attacks of the given size in"
-        " pixels; PGD: 10 steps of a quarter, random start."
+        "Students of the same sets on clean test images, under the standard corruptions (mean over severities"
+        f" {', '.join(map(str, severities))}; without frost where its textures are procedural) and under attacks of the"
+        " given size in pixels; PGD: 10 steps of a quarter, random start."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run)
