@@ -1,7 +1,7 @@
-"""What is measured on students besides clean accuracy: gains, corruptions, attacks, similarity of layers.
+"""What is measured besides clean accuracy: gains, corruptions, attacks, similarity of layers, objectives of images.
 
-Everything here stands on the students of `matching_stages`: a measurement is a stage of its own on the networks that
-were kept, and its result has one value a student under the name of the metric.
+A measurement is a stage of its own on the students of `matching_stages` that were kept, or on the images themselves;
+its result has one value a student under the name of the metric.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from common.augment import rng
 from common.cka import similarity
 from common.corruptions import CORRUPTIONS, PROCEDURAL, STANDARD, corrupt, load_released, released_labels
 from common.store import Product
+from common.views import normalise
 from papers import matching_stages
+from papers.hard_truths.analyses import bn_gaps, bn_loss, dm_loss
 from papers.plan import Cell
 
 if TYPE_CHECKING:
@@ -32,12 +34,15 @@ if TYPE_CHECKING:
 __all__ = ["measured"]
 
 ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps is 8/255
+OBJECTIVES = ("BN loss", "DM loss")  # how far images are from the training set, without any student
 REFERENCE_SEED = 1000  # that of no student, which would start from the same weights
 CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS, "frost accuracy": PROCEDURAL}
 
 
 def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
     """The stages behind a number that is no accuracy on clean images; ValueError for an unknown metric."""
+    if cell.metric in OBJECTIVES:
+        return [_objective(lab, cell, setup)]
     train = functools.partial(matching_stages.students, lab, cell, seeds=seeds)
     if cell.metric == "gain":
         pairs = zip(train(replace(setup, mix={})), train(setup), strict=True)
@@ -49,7 +54,7 @@ def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
     if cell.metric == "CKA":
         reference = matching_stages.full_data(lab, replace(setup, mix={}), (REFERENCE_SEED,))
         return [_similar(lab, setup, trained, reference) for trained in train(setup)]
-    known = ("accuracy", "gain", *CORRUPTED, "fgsm-N accuracy", "pgd-N accuracy", "CKA")
+    known = ("accuracy", "gain", *CORRUPTED, *OBJECTIVES, "fgsm-N accuracy", "pgd-N accuracy", "CKA")
     raise ValueError(f"metric {cell.metric!r} is unknown; allowed: {', '.join(known)}")
 
 
@@ -163,6 +168,32 @@ def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> St
     settings = {"attack": attack, "eps255": int(eps), "images": len(rows)}
     cost = len(rows) * (30 if attack == "pgd" else 3) * on.flops
     return lab.stage("attacked", settings, (trained,), build, cost, f"{trained.what}, {attack} {eps}/255", trained)
+
+
+def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
+    """What SRe2L (BN loss) or DM would say of a set: their loss at its images."""
+    on, train = matching_stages.setting_of(lab, setup), lab.data(setup.dataset, "train")
+    made = matching_stages.images(lab, setup, cell.algorithm, 0)
+    teacher = (lab.teacher(setup.taught_by(on)),) if cell.metric == "BN loss" else ()
+    per_class = setup.measure.get("per_class", 500)
+
+    def build(work: Path) -> Product:
+        tensors = lab.entry(made).tensors()
+        images, labels = matching.tested_images(tensors), tensors["labels"]
+        if teacher:
+            view = lambda x: normalise(on.pixels(x) * 255, train.mean, train.std)  # noqa: E731
+            value = bn_loss(bn_gaps(lab.restored(teacher[0]), images, prepare=view))
+        else:
+            see = lambda x: on.prepare(x) if x.dtype == torch.uint8 else x  # noqa: E731 (real images, or the set)
+            real, few = (on.train.images, on.train.labels), int(on.train.labels.bincount().min())
+            options = {"make_network": on.make_network, "prepare": see, "device": on.device}
+            value = float(dm_loss(real, [(images, labels)], per_class=min(per_class, few), **options)[0])
+        return Product({}, {cell.metric: [value], "seeds": [0]})
+
+    settings = {"objective": cell.metric, "per_class": 0 if teacher else per_class}
+    cost = (0 if teacher else 5 * per_class * len(on.train.classes)) * on.flops
+    needs = (made, *teacher)
+    return lab.stage("objective", settings, needs, build, cost, f"{cell.metric} of {made.what}", *needs)
 
 
 def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -> Stage:

@@ -22,7 +22,7 @@ __all__ = ["SCALES", "Cell", "Paper", "load_paper", "merged", "papers", "select"
 
 SCALES = ("smoke", "small", "paper")
 ROOT = Path(__file__).resolve().parent
-PRODUCT = ("dataset", "method", "setting", "arch", "ipc", "label_regime")
+PRODUCT = ("dataset", "method", "setting", "arch", "ipc", "label_regime", "metric")
 
 
 @dataclass(frozen=True)

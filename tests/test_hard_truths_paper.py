@@ -135,3 +135,33 @@ def test_figures_and_spreads(run):
     sets = data[data["method"] != "CA2D"].groupby(["method", "setting"])["accuracy"].mean().unstack()
     for regime in figures.REGIMES:
         assert spread.loc[10, regime] == pytest.approx(sets[regime].max() - sets[regime].min())
+
+
+@pytest.mark.slow
+def test_objectives_stand_beside_the_accuracy_of_their_set(run):
+    found = {r["metric"]: r for r in run.results.values() if r["cell"].startswith("selectors/cifar-100/margin/")}
+    assert set(found) == {"accuracy", "BN loss", "DM loss"}
+    assert all(len(found[m]["values"]) == 1 and found[m]["mean"] > 0 for m in ("BN loss", "DM loss"))
+    made = {m: next(s["key"] for s in r["stages"] if s["stage"] == "distill") for m, r in found.items()}
+    assert len(set(made.values())) == 1
+    data = figures.subsets(run, "DM loss")
+    assert data[["method", "ipc"]].values.tolist() == [["margin", 10]]
+    assert data["error"][0] == pytest.approx(100 - found["accuracy"]["mean"])
+    assert figures.correlations(run) == {}  # one set orders nothing
+
+
+def test_correlations_of_made_up_sets():
+    from types import SimpleNamespace
+
+    def result(method, ipc, metric, mean):
+        return {"table": "selectors", "method": method, "ipc": ipc, "metric": metric, "mean": mean}
+
+    rows = [
+        result(f"set {i}", ipc, metric, value)
+        for i in range(6)
+        for ipc in (10, 50)
+        for metric, value in (("accuracy", 30 + i + ipc / 2), ("BN loss", 100 - i - ipc), ("DM loss", 5 + i))
+    ]
+    found = figures.correlations(SimpleNamespace(results=dict(enumerate(rows))))
+    assert found["BN loss"].partial == pytest.approx(1) and found["DM loss"].within == pytest.approx(-1)
+    assert found["BN loss"].subsets == 12

@@ -13,15 +13,16 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
+from common.augment import rng
 from common.matching import tested_images
 from papers import drawing
-from papers.hard_truths.analyses import el2n_sl, spearman
+from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman
 from papers.matching_stages import setting_of, teacher_logits
 
 if TYPE_CHECKING:
     from papers.runner import Run
 
-__all__ = ["figure_regimes", "figure_scores", "figure_selectors", "figure_sets"]
+__all__ = ["correlations", "figure3", "figure_regimes", "figure_scores", "figure_selectors", "figure_sets"]
 
 REGIMES = ("HL", "SL", "SL+KD")
 SHOWN = {"Random": "random real"}
@@ -65,11 +66,9 @@ def figure_regimes(run: Run) -> Figure | None:
 
 def figure_selectors(run: Run) -> Figure | None:
     """Every selector under hard labels at each IPC, best first, with random images as a line."""
-    data, others = drawing.values(run, "selectors"), drawing.values(run, "regimes")
-    if data is None:
+    data = drawing.values(run, "selectors")
+    if data is None or not len(data := data[data["metric"] == "accuracy"]):
         return None
-    if others is not None:
-        data = pd.concat([data, others[(others["setting"] == "HL") & others["ipc"].isin(set(data["ipc"]))]])
     data = data.assign(method=data["method"].replace(SHOWN))
     ipcs = sorted(set(data["ipc"]))
     figure, axes = drawing.axes_of(3.6 * len(ipcs) + 1.2, 0.19 * data["method"].nunique() + 1.0, 1, len(ipcs))
@@ -86,6 +85,48 @@ def figure_selectors(run: Run) -> Figure | None:
     text = (
         "Sets of each kind under hard labels, best first; dashed: random real images."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def subsets(run: Run, objective: str) -> pd.DataFrame:
+    """One row a set of the table of selectors: method, IPC, mean error of its students (%), loss of the objective."""
+    rows = [r for r in run.results.values() if r["table"] == "selectors"]
+    found = {(r["method"], r["ipc"], r["metric"]): r["mean"] for r in rows}
+    sets = [s for s in dict.fromkeys((m, i) for m, i, _ in found) if {(*s, "accuracy"), (*s, objective)} <= set(found)]
+    return pd.DataFrame(
+        [(m, i, 100 - found[m, i, "accuracy"], found[m, i, objective]) for m, i in sets],
+        columns=["method", "ipc", "error", "loss"],
+    )
+
+
+def correlations(run: Run) -> dict[str, DCS]:
+    """DCS of every objective on the sets of the table of selectors, where there are enough of them."""
+    found = {}
+    for objective in ("BN loss", "DM loss"):
+        data = subsets(run, objective)
+        if len(data) >= 4:
+            found[objective] = dcs(data["loss"], data["error"], data["ipc"], generator=rng(0, "dcs"))
+    return found
+
+
+def figure3(run: Run) -> Figure | None:
+    """Error of students over the loss of an objective, one point a set, one panel an objective."""
+    found = correlations(run)
+    if not found:
+        return None
+    figure, axes = drawing.axes_of(3.8 * len(found) + 0.8, 3.3, 1, len(found), sharey=True)
+    for ax, (objective, score) in zip(axes[0], found.items(), strict=True):
+        data = subsets(run, objective)
+        sns.scatterplot(data, x="loss", y="error", hue="ipc", style="ipc", palette="viridis", s=24, ax=ax)
+        ax.set(xlabel=f"{objective} of the images (no unit)", ylabel="error of students, hard labels (%)", xscale="log")
+        given = f"{score.partial:.2f} [{score.low:.2f}, {score.high:.2f}]"
+        ax.set_title(f"rho {score.rho:.2f}, given IPC {given}", fontsize=9)
+    count = next(iter(found.values())).subsets
+    text = (
+        f"{count} sets of real images, chosen in different ways: does a lower loss go with a lower error (rho near 1)?"
+        " BN loss is SRe2L's, DM loss that of random networks; rank correlation of all sets, and given IPC with its"
+        f" 95 % interval from the bootstrap. {drawing.where(drawing.values(run, 'selectors'))}"
     )
     return drawing.captioned(figure, text, run)
 
