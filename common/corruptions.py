@@ -35,7 +35,7 @@ from torch import Tensor
 from common.corruptions_weather import clipped_zoom, each, fog, frost, gather, motion_blur, snow, spatter
 
 __all__ = [
-    "CORRUPTIONS", "EXTRA", "PROCEDURAL", "STANDARD", "corrupt", "corrupted_set", "load_released", "released_labels",
+    "CORRUPTIONS", "EXTRA", "PROCEDURAL", "STANDARD", "corrupt", "load_released", "released_labels",
 ]  # fmt: skip
 
 STANDARD = (
@@ -327,39 +327,3 @@ def _read(root: str | Path, name: str, shape: tuple[int, ...], dtype: type) -> n
     if array.shape != shape or not np.issubdtype(array.dtype, dtype):
         raise ValueError(f"{file} holds {array.dtype} {list(array.shape)}; allowed: {dtype.__name__} {list(shape)}")
     return array
-
-
-def corrupted_set(
-    images: Tensor,
-    name: str,
-    severity: int,
-    *,
-    released: Tensor | None = None,
-    seed: int = 0,
-    indices: Tensor | Sequence[int] | None = None,
-) -> Tensor:
-    """Rows of `released` (from load_released) where given, else `corrupt` of the images.
-
-    indices: the images' numbers in the test set, as in `corrupt`.  Released rows must show these very images: a test
-    set in another order (such as class by class, from folders) is a ValueError.
-    """
-    if released is None:
-        return corrupt(images, name, severity, seed=seed, indices=indices)
-    _check(images, name, severity)
-    numbers = torch.arange(len(images)) if indices is None else torch.as_tensor(indices).cpu()
-    mildest, rows = released[0, numbers], released[severity - 1, numbers]
-    if rows.shape != images.shape:
-        raise ValueError(f"images {list(images.shape)} are not of the shape of the released {list(rows.shape)}")
-    agreement = _correlation(images.cpu(), mildest)
-    if agreement < 0.3:  # at severity 1 pairs have 0.78 to 1, other images of CIFAR-10 0.04
-        raise ValueError(
-            f"the released rows show other images (correlation {agreement:.2f} at severity 1): pass images in the "
-            "order of CIFAR-10's own test file, or their numbers in it as indices"
-        )
-    return rows.contiguous().to(images.device)
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    """Mean over pairs of images of the correlation of their values."""
-    a, b = ((x.float() - x.float().mean((1, 2, 3), keepdim=True)).flatten(1) for x in (a, b))
-    return torch.cosine_similarity(a, b).mean().item()

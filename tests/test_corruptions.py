@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from common import corruptions, corruptions_weather
 from common.augment import rng
-from common.corruptions import CORRUPTIONS, EXTRA, PROCEDURAL, STANDARD, corrupt, corrupted_set
+from common.corruptions import CORRUPTIONS, EXTRA, PROCEDURAL, STANDARD, corrupt
 
 DETERMINISTIC = (
     "defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur", "saturate",
@@ -550,16 +550,3 @@ def test_damaged_released_files_are_named(tmp_path):
             corruptions.load_released(tmp_path, "snow")
     with pytest.raises(ValueError, match=r"'snows' is unknown; allowed: gaussian_noise"):
         corruptions.load_released(tmp_path, "snows")
-
-
-def test_a_corrupted_set_is_made_or_released():
-    images, rows = smooth(12), torch.tensor([9, 2, 4])
-    made = corrupted_set(images[rows], "fog", 4, seed=5, indices=rows)
-    assert torch.equal(made, corrupt(images, "fog", 4, seed=5)[rows])
-    released = torch.stack([corrupt(images, "fog", s, seed=6) for s in range(1, 6)])
-    assert torch.equal(corrupted_set(images, "fog", 4, released=released), released[3])
-    assert torch.equal(corrupted_set(images[rows], "fog", 4, released=released, indices=rows), released[3, rows])
-    with pytest.raises(ValueError, match=r"released rows show other images \(correlation .* at severity 1\)"):
-        corrupted_set(images.roll(1, 0), "fog", 4, released=released)
-    with pytest.raises(ValueError, match=r"\[12, 1, 32, 32\] are not of the shape of the released \[12, 3, 32"):
-        corrupted_set(images[:, :1], "fog", 4, released=released)
