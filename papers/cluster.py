@@ -79,6 +79,7 @@ def connected(args: Args) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unasked
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # `Crew.next` tells of every one
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray puts its workers behind every other program of the machine
     logging.getLogger("ray").setLevel(logging.ERROR)  # also for what is said before init reads its own level
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if args.address:

@@ -22,11 +22,13 @@ import torch
 from common import cli
 from common.hardware import autocast, hardware, resolve_device
 from common.store import Store, write_atomic
-from papers import plan, report
+from papers import image_stages, matching_stages, plan, report
 from papers.arguments import Args, describe, names_scale, parse, seconds
 from papers.plan import Cell, Paper, load_paper, select
 from papers.setups import Setup, setup_of
 from papers.stages import Lab, Stage
+
+ALGORITHMS = (*image_stages.IMAGES, *matching_stages.ALGORITHMS)
 
 __all__ = ["Args", "Run", "describe", "main", "names_scale", "parse", "run"]
 
@@ -62,7 +64,11 @@ class Run:
         comparable, layout = self.paper.scales[self.args.scale]["comparable"], self.paper.tables.get(table, {})
         reported = report.load_reported(plan.ROOT / self.paper.name / "reported.csv")
         chosen = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}
-        return report.table_rows(table, cells, self.results.values(), reported, comparable, **chosen)
+        rows = report.table_rows(table, cells, self.results.values(), reported, comparable, **chosen)
+        for row in rows:  # methods that have no cells at all, and why
+            if row["status"].endswith("no cell planned") and row["method"] in layout.get("not_run", {}):
+                row["status"] = f"not run: {layout['not_run'][row['method']]}"
+        return rows
 
     def values(self, table: str) -> list[dict]:
         """Result files of one table or figure, one row a seed: for plots."""
@@ -90,22 +96,41 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
     chosen = {cell.id for cell in select(cells, args.only, args.skip)}
     kept = {cell.id for cell in select(cells, skip=scale.get("skip", ()))}
     for cell in cells:
-        setup = setup_of(scale, cell) if cell.id in kept else None
+        try:
+            setup = usable(setup_of, scale, cell) if cell.id in kept else None
+        except ValueError as error:
+            setup, wrong = None, f"failed: {error}"
+        else:
+            wrong = ""
         if cell.id not in chosen:
             out.append(Planned(cell, why="left out by only= or skip="))
+        elif wrong:
+            out.append(Planned(cell, why=wrong))
         elif setup is None:
             out.append(Planned(cell, why=scale["why_missing"]))
         elif setup.sets in missing:
             out.append(Planned(cell, setup, why=missing[setup.sets]))
         else:
             try:
-                out.append(Planned(cell, setup, tuple(stages_of(cell, setup, lab, seeds))))
+                out.append(Planned(cell, setup, tuple(usable(stages_of, cell, setup, lab, seeds))))
             except FileNotFoundError as error:
                 missing[setup.sets] = f"missing data: {error}"
                 out.append(Planned(cell, setup, why=missing[setup.sets]))
             except ValueError as error:  # of this cell alone
                 out.append(Planned(cell, setup, why=f"failed: {error}"))
     return out
+
+
+def usable(make: Callable, *arguments):
+    """`make(*arguments)`; ValueError where the settings in paper.yaml are not those that a method or a student has."""
+    try:
+        cell = next(a for a in arguments if isinstance(a, Cell))
+        if cell.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm {cell.algorithm!r} is unknown; allowed: {', '.join(ALGORITHMS)}")
+        return make(*arguments)
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else error
+        raise ValueError(f"its settings in paper.yaml cannot be used: {reason}") from error
 
 
 def stages_of(cell: Cell, setup: Setup, lab: Lab, seeds: tuple[int, ...]) -> list[Stage]:
@@ -324,6 +349,8 @@ def draw_figures(finished: Run) -> list[str]:
         return []
     drawn = []
     for name in finished.paper.figures:
+        if not hasattr(figures, name):
+            raise ValueError(f"paper.yaml of {finished.paper.name} names {name}, which its figures.py does not draw")
         figure = getattr(figures, name)(finished)
         if figure is None:
             continue

@@ -128,6 +128,8 @@ def test_the_gain_is_a_difference_for_each_student(run):
     assert not run.failed
     (gain,), (plain,), (mixed,) = (results(run, "table1", setting=s) for s in ("gain", "baseline", "mixed"))
     assert gain["values"] == [b - a for a, b in zip(plain["values"], mixed["values"], strict=True)]
+    told = {r["status"] for r in run.rows("table1") if r["method"] == "GLaD"}
+    assert told == {"not run: needs a pretrained generator"}
     assert plain["values"] != mixed["values"] and gain["settings"]["mix"] == {"alpha": "epoch"}
     rows = {(r["setting"], r["method"]): r for r in run.rows("table1") if r["ipc"] == 1}
     assert rows["gain", "DM"]["ours"] == pytest.approx(gain["mean"]) and rows["gain", "DM"]["reported"] == 17.89
