@@ -62,7 +62,12 @@ class Listing:
 
 
 def set_folder(name: str, root: Path) -> Path:
-    """The folder of set `name` under `root`; FileNotFoundError says where it was looked for and how to get it."""
+    """The folder of set `name` under `root`; FileNotFoundError says where it was looked for and how to get it.
+
+    ValueError for a name that is a path: it also names files that are written.
+    """
+    if not name or name in (".", "..") or Path(name).name != name:
+        raise ValueError(f"data set '{name}' must be the plain name of a folder, without a path")
     candidates = [root / folder for folder in FOLDERS.get(name, (name,))]
     for folder in candidates:
         if folder.is_dir():

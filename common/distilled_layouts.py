@@ -32,6 +32,7 @@ from common.store import replacing, write_atomic
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 WEIGHTS, CLASSES = "sample_weights.txt", "classes.txt"
+MOST_CLASSES = 1_000_000  # a larger class number is a mistake: ImageNet-21k has 21,843
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ def load_mtt_pt(path: str | Path, mean: Sequence[float], std: Sequence[float], *
         raise ValueError(f"{path} is not in the MTT layout: a folder with images_best.pt, or a file images_<which>.pt")
     labels, rate = (images.with_name(f"{name}_{match[1]}.pt") for name in ("labels", "lr"))
     settings = {"layout": "mtt", "file": images.name}
-    student_lr = float(_tensor(rate, _load_pt(rate))) if rate.exists() else None
+    student_lr = _number(rate) if rate.exists() else None
     return _from_normalised(path, _load_pt(images), _load_pt(labels), mean, std, classes, settings, student_lr)
 
 
@@ -109,23 +110,24 @@ def load_image_folder(path: str | Path, mean: Sequence[float] = IMAGENET_MEAN,
     numbers = [re.fullmatch(r"(?:new)?(\d+)", folder.name) for folder in folders]
     order = [int(number[1]) for number in numbers] if all(numbers) else list(range(len(folders)))
     if classes is None and (path / CLASSES).exists():
-        classes = (path / CLASSES).read_text(encoding="utf-8").split("\n")[:-1]
+        classes = _lines(path / CLASSES).split("\n")[:-1]
     if classes is None and not all(numbers):
         classes = [folder.name for folder in folders]
     pixels = [_pixels(file) for folder in folders for file in files[folder]]
     shapes = {tuple(image.shape) for image in pixels}
     if len(shapes) > 1:
         raise ValueError(f"{path} holds images of different shapes (C, H, W): {sorted(shapes)}; a set has one")
+    names = _names(path, classes, 1 + max(k for k, folder in zip(order, folders, strict=True) if files[folder]))
     labels = torch.tensor([order[k] for k, folder in enumerate(folders) for _ in files[folder]])
     weights = None
     if (path / WEIGHTS).exists():
-        rows = [list(map(float, line.split())) for line in (path / WEIGHTS).read_text().splitlines()]
+        rows = _weights(path / WEIGHTS)
         counts = [len(files[folder]) for folder in folders]
         if [len(rows[k]) if k < len(rows) else 0 for k in order] != counts:
             raise ValueError(f"{path / WEIGHTS} must have a line for each class with a weight for each of its images")
         weights = torch.tensor([weight for k in order for weight in rows[k]], dtype=torch.float64)
-    return DistilledSet(torch.stack(pixels).float() / 255, labels, _names(classes, int(labels.max()) + 1), tuple(mean),
-                        tuple(std), weights=weights, settings={"layout": "images"})
+    return DistilledSet(torch.stack(pixels).float() / 255, labels, names, tuple(mean), tuple(std), weights=weights,
+                        settings={"layout": "images"})
 
 
 def load_fkd(path: str | Path, epoch: int) -> list[FKDRecord]:
@@ -150,6 +152,8 @@ def write_image_folder(distilled: DistilledSet, path: str | Path) -> None:
     path = Path(path)
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"{path} is there and not empty; images are written to a new folder only")
+    if broken := [name for name in distilled.classes if len(name.splitlines()) > 1 or name.endswith("\n")]:
+        raise ValueError(f"the class name {broken[0]!r} has more than one line, which {CLASSES} cannot hold")
     pixels, counts = distilled.uint8(), [0] * len(distilled.classes)
     rows: list[list[str]] = [[] for _ in distilled.classes]
     with replacing(path) as folder:
@@ -228,7 +232,12 @@ def _load_pt(path: str | Path) -> object:
 
 def _from_normalised(path: str | Path, images: object, labels: object, mean: Sequence[float], std: Sequence[float],
                      classes: Sequence[str] | None, settings: dict, student_lr: float | None = None) -> DistilledSet:
-    images, labels = _tensor(path, images).float(), _tensor(path, labels)
+    images, labels = _tensor(path, images), _tensor(path, labels)
+    for name, tensor in (("images", images), ("labels", labels)):
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.numel() == 0:
+            kind = f"{str(tensor.layout)[6:]} {str(tensor.dtype)[6:]} {list(tensor.shape)}"
+            raise ValueError(f"{path}: {name} must be a dense tensor of real numbers, not empty, not {kind}")
+    images = images.float()
     if images.ndim != 4 or images.shape[1] != len(mean) or len(mean) != len(std):
         raise ValueError(f"{path}: images {list(images.shape)} do not go with mean {mean} and std {std}")
     if labels.ndim == 2:  # DATM learns logits
@@ -239,7 +248,7 @@ def _from_normalised(path: str | Path, images: object, labels: object, mean: Seq
             raise ValueError(f"{path}: labels must be class numbers or logits [M, K]")
     constants = [torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std)]
     count = soft_labels.shape[1] if soft_labels is not None else int(labels.max()) + 1
-    return DistilledSet(images * constants[1] + constants[0], labels.long(), _names(classes, count), tuple(mean),
+    return DistilledSet(images * constants[1] + constants[0], labels.long(), _names(path, classes, count), tuple(mean),
                         tuple(std), soft_labels=soft_labels, student_lr=student_lr, settings=settings)
 
 
@@ -272,8 +281,35 @@ def _tensor(path: str | Path, value: object) -> Tensor:
     return value.detach()
 
 
-def _names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
+def _names(path: str | Path, classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """The names of the classes, or their numbers where there are none."""
+    if count > MOST_CLASSES:
+        raise ValueError(f"{path} numbers its classes up to {count - 1}; at most {MOST_CLASSES} are read")
     return tuple(classes) if classes is not None else tuple(str(k) for k in range(count))
+
+
+def _number(path: Path) -> float:
+    """The one number in a .pt file."""
+    value = _tensor(path, _load_pt(path))
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"{path} must hold one number, not {str(value.dtype)[6:]} {list(value.shape)}")
+    return float(value)
+
+
+def _lines(path: Path) -> str:
+    """The content of a text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
+
+
+def _weights(path: Path) -> list[list[float]]:
+    """A line of numbers for each class."""
+    try:
+        return [list(map(float, line.split())) for line in _lines(path).splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} must hold numbers alone: {error}") from None
 
 
 def _pixels(path: Path) -> Tensor:
@@ -281,7 +317,7 @@ def _pixels(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             array = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 

@@ -120,8 +120,16 @@ def read(path: str | Path) -> DistilledSet:
         raise ValueError(f"{path} is a .safetensors file, but not a distilled set ('{FORMAT}')")
     if metadata.get("sha256") != digest(tensors, metadata.get("facts", "")):
         raise ValueError(f"{path} is damaged: its sha256 is not the one recorded")
-    facts = json.loads(metadata["facts"])
-    return DistilledSet(**tensors, **{**facts, **{name: tuple(facts[name]) for name in ("classes", "mean", "std")}})
+    try:
+        facts = json.loads(metadata["facts"])
+        whole = {**facts, **{name: tuple(facts[name]) for name in ("classes", "mean", "std")}}
+        return DistilledSet(**tensors, **whole)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds facts that are not JSON: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{path} does not say {error.args[0]!r}, which a distilled set needs") from None
+    except TypeError as error:  # a fact or tensor too many or of another type
+        raise ValueError(f"{path} holds what a distilled set does not have: {error}") from None
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
@@ -55,6 +55,12 @@ class Entry:
     def tensors(self) -> dict[str, Tensor]:
         """Reads the tensors, on the CPU, in the dtypes they were saved with."""
         return load_file(self.path / TENSORS)
+
+    def marks(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change (ns) of its files: others than before, and the entry has to be checked again."""
+        with suppress(FileNotFoundError):
+            return {name: (s.st_size, s.st_mtime_ns) for name, s in _stats(self.path)}
+        return {}
 
     def files(self) -> dict[str, bytes]:
         """Everything it consists of, for `Store.receive` on a machine that does not see this folder."""
@@ -134,6 +140,9 @@ class Store:
     def receive(self, stage: str, key: str, files: Mapping[str, bytes]) -> None:
         """Keeps an entry that another store holds, as `Entry.files` read it there; Damaged if it is not whole."""
         path = self.root / stage / key
+        for name in files:
+            if Path(name).name != name:
+                raise Damaged(f"entry {path} is not received: {name!r} is not a plain file name")
         with _sentence(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
@@ -248,7 +257,8 @@ def replacing(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # not there, or below a file: the sentence on what cannot be written stands
+                temporary.unlink()
 
 
 def canonical(value: object) -> str:
@@ -281,6 +291,11 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def _stats(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(folder) as files:
+        yield from ((file.name, file.stat()) for file in files)
+
+
 def sha256_of(path: Path) -> str:
     """sha256 of a file, read in pieces of 1 MiB."""
     state = hashlib.sha256()
@@ -297,6 +312,8 @@ def _read(path: Path, hashes: bool = True) -> Entry | None:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         for name in sorted({TENSORS, META, *manifest}):
+            if Path(name).name != name:
+                raise Damaged(f"entry {path} is damaged: {MANIFEST} names {name!r}, which is no file of it")
             size, expected = (path / name).stat().st_size, manifest[name]
             if size != expected["bytes"]:
                 raise Damaged(f"entry {path} is damaged: {name} has {size} bytes, not {expected['bytes']}")

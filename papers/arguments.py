@@ -12,6 +12,8 @@ from common import cli
 from common.hardware import precision_name, resolve_device, resolve_precision
 from papers.plan import SCALES, load_paper, papers, select
 
+MOST = 2**63 - 1  # largest seed of a generator
+
 __all__ = ["Args", "describe", "names_scale", "parse", "seconds"]
 
 
@@ -47,6 +49,7 @@ class Args:
     def __post_init__(self):
         resolve_device(self.device)
         seconds(self.budget)
+        check_seeds(self.seeds)
         check_engine(self)
 
 
@@ -57,6 +60,15 @@ def seconds(text: str) -> float:
     if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)):
         raise ValueError(f"budget={text!r} is not a time; allowed: a number with s, m or h, e.g. 90s, 30m, 2h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """ValueError for a seed that generators do not take, or one given twice: it would count as two students."""
+    given = ",".join(map(str, seeds))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={given}: a seed is given twice")
+    if any(seed > MOST for seed in seeds):
+        raise ValueError(f"seeds={given}: must be at most {MOST}")
 
 
 def check_engine(args: Args) -> None:

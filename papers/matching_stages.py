@@ -98,7 +98,10 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     layers = [scale, data, by_ipc, by_method, by_method.get("by_ipc", {}).get(cell.ipc, {})]
     distill = merged(_published(cell, data["dataset"]), *(x.get("distill") for x in layers), cell.distill)
     student = merged(*(x.get("student") for x in layers), cell.student)
-    protocol = replace(PROTOCOLS[cell.protocol or OWN_PROTOCOL[cell.algorithm]], **student)
+    name = cell.protocol or OWN_PROTOCOL[cell.algorithm]
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol {name!r} is unknown; allowed: {', '.join(PROTOCOLS)}")
+    protocol = replace(PROTOCOLS[name], **student)
     size = data.get("size", 0)
     network = merged(scale.get("networks"), data.get("networks")).get("ConvNet", "")  # what the sets are made with
     mix = {k: data.get("pools", {}).get(v, v) if k == "pool" else v for k, v in cell.mix.items()}

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -22,6 +22,7 @@ __all__ = ["SCALES", "Cell", "Paper", "load_paper", "merged", "papers", "select"
 
 SCALES = ("smoke", "small", "paper")
 ROOT = Path(__file__).resolve().parent
+NEEDED = ("comparable", "seeds", "why_missing", "data")  # in every scale
 PRODUCT = ("dataset", "method", "setting", "arch", "ipc", "label_regime", "metric")
 
 
@@ -90,18 +91,63 @@ def load_paper(name: str) -> Paper:
     if name not in papers():
         raise ValueError(f"paper={name!r} is unknown; allowed: {', '.join(papers())}")
     path = ROOT / name / "paper.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = {"title", "scales", "cells", "tables", "figures"}
-    if not isinstance(content, dict) or set(content) != wanted:
-        raise ValueError(f"{path} must have exactly the keys {', '.join(sorted(wanted))}")
-    if set(content["scales"]) != set(SCALES):
-        raise ValueError(f"{path} must have exactly the scales {', '.join(SCALES)}, not {', '.join(content['scales'])}")
+    content = _read(path)
     for scale, facts in content["scales"].items():
         if "sets_of" in facts:  # distilled as in another paper: the same store entries serve both
+            if facts["sets_of"] == name:
+                raise ValueError(f"{path}, scale {scale}: sets_of names the paper itself")
             other = load_paper(facts["sets_of"]).scales[scale]
             shared = {k: merged(other.get(k), facts.get(k)) for k in ("methods", "networks")}
             content["scales"][scale] = {**facts, **shared}
     return Paper(name, **{**content, "cells": tuple(content["cells"])})
+
+
+def _read(path: Path) -> dict:
+    """The content of a paper.yaml whose parts have the right form; ValueError names the part that has not."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{path}{f', line {mark.line + 1}' if mark else ''} cannot be read: {reason}") from error
+    wanted = {"title", "scales", "cells", "tables", "figures"}
+    if not isinstance(content, dict) or set(content) != wanted:
+        raise ValueError(f"{path} must have exactly the keys {', '.join(sorted(wanted))}")
+    for part in ("scales", "tables", "figures"):
+        if not isinstance(content[part], dict):
+            raise ValueError(f"{path}: {part} must be a mapping, not {content[part]!r}")
+    if set(content["scales"]) != set(SCALES):
+        raise ValueError(f"{path} must have exactly the scales {', '.join(SCALES)}, not {', '.join(content['scales'])}")
+    for scale, facts in content["scales"].items():
+        missing = [k for k in NEEDED if not isinstance(facts, dict) or k not in facts]
+        if missing:
+            raise ValueError(f"{path}, scale {scale}: {', '.join(missing)} must be given")
+        if not isinstance(facts["data"], dict):
+            raise ValueError(f"{path}, scale {scale}: data must be a mapping, not {facts['data']!r}")
+    if not isinstance(content["cells"], list) or not content["cells"]:
+        raise ValueError(f"{path}: cells must be a list with a mapping for each product of cells")
+    for number, entry in enumerate(content["cells"], 1):
+        if wrong := _wrong(entry):
+            raise ValueError(f"{path}, cells, entry {number}: {wrong}")
+    return content
+
+
+def _wrong(entry: object) -> str:
+    """What is wrong with an entry of `cells:`, or nothing."""
+    if not isinstance(entry, dict):
+        return f"a mapping of the fields of a cell is expected, not {entry!r}"
+    known = {f.name: f for f in fields(Cell)}
+    if unknown := [k for k in entry if k not in known and k not in ("scales", "as_printed")]:
+        return f"unknown field {unknown[0]!r}; allowed: {', '.join(known)}, scales, as_printed"
+    if missing := [k for k, f in known.items() if f.default is f.default_factory and k not in entry]:
+        return f"{missing[0]} must be given"
+    for ipc in entry["ipc"] if isinstance(entry["ipc"], list) else [entry["ipc"]]:
+        if ipc is not None and (type(ipc) is not int or ipc < 1):
+            return f"ipc must be whole numbers from 1, or null for all images, not {ipc!r}"
+    for name in ("distill", "student", "mix"):
+        if not isinstance(entry.get(name, {}), dict):
+            return f"{name} must be a mapping, not {entry[name]!r}"
+    return ""
 
 
 def _product(entry: Mapping, scale: str) -> list[Cell]:

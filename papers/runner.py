@@ -7,6 +7,7 @@ python -m papers.runner paper=wmdd scale=paper only=table1/imagenette/10 budget=
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import statistics as stats
 import sys
@@ -354,9 +355,9 @@ def draw_figures(finished: Run) -> list[str]:
         figure = getattr(figures, name)(finished)
         if figure is None:
             continue
-        finished.folder.mkdir(parents=True, exist_ok=True)
         for kind in ("png", "pdf"):
-            figure.savefig(finished.folder / f"{name}.{kind}", dpi=150, bbox_inches="tight")
+            figure.savefig(picture := io.BytesIO(), format=kind, dpi=150, bbox_inches="tight")
+            write_atomic(finished.folder / f"{name}.{kind}", picture.getvalue())
         drawn.append(name)
     return drawn
 

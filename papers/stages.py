@@ -62,7 +62,7 @@ class Lab:
         self.store, self.root, self.device = store, root, device
         self.dtype = resolve_precision(precision, device)
         self.precision = precision_name(self.dtype)
-        self._checked: dict[str, Entry] = {}
+        self._checked: dict[str, tuple[Entry, dict]] = {}  # with the marks of its files
 
     # ---------------------------------------------------------------- data
 
@@ -101,11 +101,13 @@ class Lab:
         return self.store.key(stage.name, stage.settings, stage.inputs)
 
     def entry(self, stage: Stage) -> Entry:
-        """The finished entry of a stage; made now if it is missing, checked once in the life of a lab."""
+        """The finished entry of a stage; made now if it is missing, checked once and again when its files change."""
         key = self.key(stage)
-        if key not in self._checked:
-            self._checked[key] = self.store.make(stage.name, stage.settings, stage.inputs, stage.build)
-        return self._checked[key]
+        entry, marks = self._checked.get(key, (None, None))
+        if entry is None or entry.marks() != marks:
+            entry = self.store.make(stage.name, stage.settings, stage.inputs, stage.build)
+            self._checked[key] = entry, entry.marks()
+        return entry
 
     def teacher(self, setup: Setup) -> Stage:
         train, test = (self.data(setup.dataset, split) for split in ("train", "test"))
