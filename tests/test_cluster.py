@@ -168,7 +168,10 @@ def test_a_stage_whose_worker_is_killed_is_made_by_another(ray, serial, tmp_path
 def test_after_ctrl_c_the_next_run_continues(ray, serial, tmp_path):
     command = [sys.executable, "-m", "papers.runner", "paper=matching", "scale=smoke", "device=cpu", "engine=ray"]
     command += [f"only={RANDOM}", "seeds=0,1", f"store={tmp_path}/runs", f"out={tmp_path}/tables", "workers=1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # deaf in the background
+    )  # fmt: skip
     while not (line := process.stdout.readline()).startswith("stage 1/"):
         assert line, process.stderr.read()
     process.send_signal(signal.SIGINT)

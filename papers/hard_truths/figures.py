@@ -50,6 +50,7 @@ def figure_regimes(run: Run) -> Figure | None:
         own["setting"] = pd.Categorical(own["setting"], REGIMES, ordered=True)
         drawing.lines(own, ax, x="setting", hue="method", hue_order=methods, palette=palette)
         ax.set(xlabel="label regime", title=f"IPC {int(ipc)}")
+        ax.margins(y=0.12)  # room for the spreads
         ax.get_legend().remove()
         for place, regime in enumerate(REGIMES):
             if ipc in spread.index and regime in spread:
@@ -119,7 +120,10 @@ def figure3(run: Run) -> Figure | None:
     for ax, (objective, score) in zip(axes[0], found.items(), strict=True):
         data = subsets(run, objective)
         sns.scatterplot(data, x="loss", y="error", hue="ipc", style="ipc", palette="viridis", s=24, ax=ax)
-        ax.set(xlabel=f"{objective} of the images (no unit)", ylabel="error of students, hard labels (%)", xscale="log")
+        wide = data["loss"].max() > 5 * data["loss"].min() > 0
+        ax.set(xlabel=f"{objective} of the images (no unit)", xscale="log" if wide else "linear")
+        ax.set_ylabel("error of students, hard labels (%)")
+        ax.get_legend().set_title("IPC")
         given = f"{score.partial:.2f} [{score.low:.2f}, {score.high:.2f}]"
         ax.set_title(f"rho {score.rho:.2f}, given IPC {given}", fontsize=9)
     count = next(iter(found.values())).subsets
