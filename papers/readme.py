@@ -69,7 +69,10 @@ def mixing(tables: Path) -> str:
         return ""
     head = ["`paper=natural_mixing scale=small`, ConvNet, the sets above:", "", "| " + " | ".join(heads) + " |"]
     facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
-    return "\n".join([*head, "|---" * len(heads) + "|", *lines, "", f"Top-1 accuracy in percent; {facts}."])
+    alone = [c for c in cells if c["table"] == "controls" and c["setting"].endswith("fresh real images alone")]
+    real = "; ".join(f"{c['setting']}, IPC {c['ipc']}: {spread(c)}" for c in alone)
+    note = f" What the mixture has to beat: {real}." if real else ""
+    return "\n".join([*head, "|---" * len(heads) + "|", *lines, "", f"Top-1 accuracy in percent; {facts}.{note}"])
 
 
 def nrr_dd(tables: Path) -> str:
