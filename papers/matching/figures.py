@@ -42,8 +42,10 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
         axes[0, column].set_title(first.train.classes[k], fontsize=8)
     text = (
         f"The one image of each class that each method makes of {found[0][0].setup.run_on} (IPC 1), clipped to the"
-        " range of pixels; whitened sets are shown as pixels. The first row is real."
+        " range of pixels; whitened sets are shown as pixels."
     )
+    if found[0][0].cell.method == RANDOM:
+        text += " The first row is real."
     return drawing.captioned(figure, text, run)
 
 
