@@ -258,6 +258,7 @@ class _Network:
         return torch.cat(p_true).float().cpu(), torch.cat(el2n).float().cpu()
 
 
+# --- begin shared block: seeded (a test keeps its copies equal) ---
 @contextmanager
 def _seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
     """Dropout takes no generator: its draws are seeded for the block, the global state is put back after it."""
@@ -268,6 +269,9 @@ def _seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+# --- end shared block ---
 
 
 def score(

@@ -50,6 +50,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -314,6 +315,22 @@ def score(
     return state.bank
 
 
+# --- begin shared block: seeded (a test keeps its copies equal) ---
+@contextmanager
+def _seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+    """Dropout takes no generator: its draws are seeded for the block, the global state is put back after it."""
+    seed, cuda = int(torch.randint(2**62, (), generator=generator)), [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+# --- end shared block ---
+
+
 class _Run:
     """A network, its optimiser and the hook that reads h."""
 
@@ -347,9 +364,7 @@ class _Run:
         self.net.train()
         order = torch.randperm(len(labels), generator=generator)
         batches, total, seen = order.split(self.config.batch), 0, []
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # Dropout draws from the global generator, which is left as it was.
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with _seeded(self.device, generator):
             for step, rows in enumerate(batches):
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.config, state.step + step / len(batches))
