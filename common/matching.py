@@ -204,11 +204,14 @@ def size_of(tensors: dict[str, Tensor]) -> dict:
     return {"bytes": tensors["images"].numel() * 4, "label_bytes": 0 if soft is None else soft.numel() * 4}
 
 
-def experts(work: Path, on: Setting, config, train_experts: Callable, restore: Callable, seed: int) -> Product:
-    """Train expert trajectories resumably: one tensor [S+1, P] an expert."""
+def experts(
+    work: Path, on: Setting, config, train_experts: Callable, restore: Callable, seed: int, only: range | None = None
+) -> Product:
+    """Train expert trajectories resumably, all of config.experts or those of some numbers: one tensor [S+1, P] each."""
+    numbers = range(config.experts) if only is None else only
     checkpoint = Checkpoint(work / "state.safetensors")
     saved = checkpoint.load()
-    bar = tqdm(desc="experts", unit="epoch", total=config.experts * config.epochs,
+    bar = tqdm(desc="experts", unit="epoch", total=len(numbers) * config.epochs,
                initial=saved[1]["done"] if saved else 0, disable=None)  # fmt: skip
 
     steps = itertools.count(1)
@@ -220,11 +223,16 @@ def experts(work: Path, on: Setting, config, train_experts: Callable, restore: C
 
     found = train_experts(
         on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare, augment=on.augment,
-        generator=rng(seed, "experts"), device=on.device, side_by_side=10 if on.device.type == "cuda" else 1,
+        generator=rng(seed, "experts"), device=on.device, only=numbers, side_by_side=side_by_side(on.device),
         state=restore(saved[0]) if saved else None, on_step=on_step,
     )  # fmt: skip
     bar.close()
-    return Product({f"expert{e:03d}": trajectory for e, trajectory in enumerate(found)}, {})
+    return Product({f"expert{e:03d}": trajectory for e, trajectory in zip(numbers, found, strict=True)}, {})
+
+
+def side_by_side(device: torch.device) -> int:
+    """Experts that train together with stacked parameters: small batches leave a GPU idle, not a CPU."""
+    return 10 if device.type == "cuda" else 1
 
 
 def students(

@@ -513,8 +513,8 @@ class ExpertState:
     def check(self) -> None:
         if not self.theta.isfinite().all():
             raise FloatingPointError(
-                f"an expert of {self.first} to {self.first + len(self.theta) - 1} is not finite in epoch {self.epoch}, "
-                f"step {self.batch}; the last good state is kept; try a smaller lr or rho"
+                f"an expert is not finite in epoch {self.epoch}, step {self.batch}; the last good state is kept; try a "
+                "smaller lr or rho"
             )
 
     @classmethod
@@ -531,33 +531,35 @@ class ExpertState:
 def train_experts(
     images: Tensor, labels: Tensor, config: ExpertConfig, *, make_network: Callable[[torch.Generator], nn.Module],
     prepare: Callable[[Tensor], Tensor] | None = None, augment: Any = None, generator: torch.Generator,
-    device: torch.device | str = "cpu", side_by_side: int = 1, state: ExpertState | None = None,
-    on_step: Callable[[ExpertState], None] | None = None,
+    device: torch.device | str = "cpu", only: range | None = None, side_by_side: int = 1,
+    state: ExpertState | None = None, on_step: Callable[[ExpertState], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Train experts on real images [N, C, H, W], labels int64 [N] -> trajectories [E, S+1, P] on the CPU.
 
-    Snapshot 0 is the fresh network, snapshot s the parameters after epoch s.  side_by_side: experts trained together
-    with stacked parameters; what an expert draws does not depend on it.  The whole result is held in memory: for
-    100 experts of a ConvNet-3 and 50 epochs 6.5 GB.  on_step sees the state after each step.
+    Snapshot 0 is the fresh network, snapshot s the parameters after epoch s.  only: the numbers of the experts to
+    train, all of config.experts by default; side_by_side: experts trained together with stacked parameters; what an
+    expert draws depends on neither.  The whole result is held in memory: for 100 experts of a ConvNet-3 and 50 epochs
+    6.5 GB.  on_step sees the state after each step.
     """
     if side_by_side < 1:
         raise ValueError(f"side_by_side={side_by_side} is too small; the least is 1")
+    numbers = range(config.experts) if only is None else only
     seed = int(torch.randint(2**62, (), generator=generator)) if state is None else state.seed
     template = make_network(draws(seed, 0))
     if state is None:
         start = flatten(template)
-        state = ExpertState(start.new_empty(config.experts, config.epochs + 1, len(start)), seed)
+        state = ExpertState(start.new_empty(len(numbers), config.epochs + 1, len(start)), seed)
     student = Student(template, device, low=(config.precision != "fp32",) * 2, compile=config.compile)
     labels = labels.to(device)
-    while state.first < config.experts:
+    while state.first < len(numbers):
         if state.theta is None:
-            group = range(state.first, min(state.first + side_by_side, config.experts))
+            group = numbers[state.first : state.first + side_by_side]
             state.theta = torch.stack([flatten(make_network(draws(seed, e))) for e in group])
-            state.trajectories[group.start : group.stop, 0] = state.theta
-        group = range(state.first, state.first + len(state.theta))
+            state.trajectories[state.first : state.first + len(group), 0] = state.theta
+        group = numbers[state.first : state.first + len(state.theta)]
         while state.epoch < config.epochs:
             _expert_epoch(student, images, labels, config, state, group, prepare, augment, device, on_step)
-        state.first, state.epoch, state.theta = group.stop, 0, None
+        state.first, state.epoch, state.theta = state.first + len(group), 0, None
     return state.trajectories
 
 
@@ -584,7 +586,7 @@ def _expert_epoch(
         state.theta, state.batch = theta, batch + 1
         if state.batch == len(batches):
             state.check()
-            state.trajectories[group.start : group.stop, state.epoch + 1] = theta.cpu()
+            state.trajectories[state.first : state.first + len(group), state.epoch + 1] = theta.cpu()
             state.epoch, state.batch = state.epoch + 1, 0
         if on_step:
             on_step(state)

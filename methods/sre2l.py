@@ -345,33 +345,42 @@ def objective(view: Tensor, logits: Tensor, gaps: list[Tensor], labels: Tensor, 
 class RecoverState:
     """Where a recover run stands; `tensors()` is all that is needed to continue it bit for bit."""
 
-    images: Tensor  # float32 [M, C, S, S], normalised, on the CPU; those of later passes are still zero
-    generator: Tensor  # state of the generator, uint8
+    images: Tensor  # float32 [M, C, S, S], normalised, on the CPU, pass after pass; later ones are still 0
+    seeds: Tensor  # int64, one a pass
     number: int = 0  # pass
     step: int = 0  # steps done in this pass
     loss: float = math.nan  # at the last multiple of 50 steps
     live: tuple[Tensor, Tensor, Tensor] | None = None  # images in flight and Adam's two moments, on the device
-    rows: Tensor | None = None  # int64 [B], their numbers
+    generator: Tensor | None = None  # state of this pass's generator, uint8
+    first: int = 0  # place in `images` of the first one in flight
 
     def tensors(self) -> dict[str, Tensor]:
-        out = {"images": self.images, "generator": self.generator, "at": torch.tensor([self.number, self.step])}
+        out = {"images": self.images, "seeds": self.seeds, "at": torch.tensor([self.number, self.step, self.first])}
         if self.live is None:
             return out
-        x, first, second = (t.detach().cpu() for t in self.live)
+        x, mean, square = (t.detach().cpu() for t in self.live)
         if not x.isfinite().all():
             raise FloatingPointError(
                 f"the images are not finite after step {self.step} of pass {self.number}; the last good state is kept; "
                 "try a smaller lr or precision=fp32"
             )
-        return out | {"images": self.images.index_copy(0, self.rows, x), "first": first, "second": second}
+        images = self.images.clone()
+        images[self.first : self.first + len(x)] = x
+        return out | {"images": images, "mean": mean, "square": square, "generator": self.generator}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor]) -> RecoverState:
-        number, step = tensors["at"].tolist()
-        state = cls(tensors["images"], tensors["generator"], number, step)
-        if "first" in tensors:
-            state.live = (torch.empty(0), tensors["first"], tensors["second"])
+        number, step, first = tensors["at"].tolist()
+        state = cls(tensors["images"], tensors["seeds"], number, step, first=first)
+        if "generator" in tensors:
+            state.live = (torch.empty(0), tensors["mean"], tensors["square"])
+            state.generator = tensors["generator"]
         return state
+
+    def begin(self) -> torch.Generator:
+        """The generator of this pass, where it stands."""
+        generator = torch.Generator().manual_seed(int(self.seeds[self.number]))
+        return generator if self.generator is None else generator.set_state(self.generator)
 
 
 # --- end shared block ---
@@ -392,11 +401,13 @@ def recover(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     generator: torch.Generator,
+    part: slice = slice(None),
     state: RecoverState | None = None,
     on_step: Callable[[RecoverState], None] | None = None,
 ) -> Tensor:
     """Optimise the images on the teacher's device: float32 [K*I, C, size, size] in [0, 1] pixel space, on the CPU.
 
+    part: the passes to do, all by default; then the images are those of these passes, by ascending number.
     `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the
     loss is not finite (looked at every 50 steps).
     """
@@ -409,10 +420,11 @@ def recover(
     low, high = (-shift / scale).to(device), ((1 - shift) / scale).to(device)
     jitter = (4 if size <= 64 else round(size / 7)) if config.jitter < 0 else config.jitter
     roll = (-jitter if config.jitter_both else 0, jitter)
-    if state is None:
-        state = RecoverState(torch.zeros(classes * config.ipc, channels, size, size), generator.get_state())
-    generator.set_state(state.generator)
     plan = passes(classes, config)
+    seeds = torch.randint(2**62, (len(plan),), generator=generator)[part]
+    plan = plan[part]
+    rows = torch.cat([number.flatten() for number in plan])
+    state = state or RecoverState(torch.zeros(len(rows), channels, size, size), seeds)
     with bn_gaps(teacher, config, lambda: len(labels)) as gaps:
 
         def loss_of(view: Tensor, labels: Tensor) -> Tensor:
@@ -425,8 +437,9 @@ def recover(
         while state.number < len(plan):
             number = plan[state.number].flatten()
             labels = (plan[state.number] // config.ipc).to(device)  # [G, k]
+            generator, here = state.begin(), slice(state.first, state.first + len(number))
             fresh = state.live is None
-            x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[number]
+            x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[here]
             x = x.to(device).requires_grad_()
             adam = torch.optim.Adam([x], betas=(0.5, 0.9))
             if not fresh:
@@ -443,13 +456,14 @@ def recover(
                     x.clamp_(low, high)
                 if step % 50 == 49 or step + 1 == config.iterations:
                     state.loss = _finite(loss / len(labels), step, state.number, config)
-                state.step, state.rows, state.generator = step + 1, number, generator.get_state()
+                state.step, state.generator = step + 1, generator.get_state()
                 state.live = (x, adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"])
                 if on_step:
                     on_step(state)
-            state.images[number] = x.detach().cpu()
-            state.live, state.step, state.number = None, 0, state.number + 1
-    return (shift + state.images * scale).clamp(0, 1)
+            state.images[here] = x.detach().cpu()
+            state.live, state.generator, state.step = None, None, 0
+            state.number, state.first = state.number + 1, here.stop
+    return (shift + state.images[rows.argsort()] * scale).clamp(0, 1)
 
 
 # --- begin shared block: finite (a test keeps its copies equal) ---

@@ -385,8 +385,10 @@ def barycenter(points: Tensor, ipc: int, generator: torch.Generator, *, kind="wa
     return atoms.float(), share
 
 
-def barycenters(stats: Statistics, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Atoms [K, I, D] and weights [K, I] of all classes; classes are independent and share the cores."""
+def barycenters(
+    stats: Statistics, config: Config, generator: torch.Generator, classes: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Atoms [K, I, D] and weights [K, I] of all classes or of some; classes are independent and share the cores."""
     seeds = torch.randint(2**62, (len(stats.mean),), generator=generator).tolist()
 
     def one(k: int):
@@ -394,7 +396,7 @@ def barycenters(stats: Statistics, config: Config, generator: torch.Generator) -
         return barycenter(stats.of_class(k), config.ipc, own, kind=config.feature, weights=config.weights)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        atoms, weights = zip(*pool.map(one, range(len(seeds))), strict=True)
+        atoms, weights = zip(*pool.map(one, range(len(seeds))[classes]), strict=True)
     return torch.stack(atoms), torch.stack(weights).float()
 
 
@@ -552,33 +554,42 @@ def objective(logits: Tensor, feature: Tensor, moments: list, target: Targets, c
 class RecoverState:
     """Where a recover run stands; `tensors()` is all that is needed to continue it bit for bit."""
 
-    images: Tensor  # float32 [M, C, S, S], normalised, on the CPU; those of later passes are still zero
-    generator: Tensor  # state of the generator, uint8
+    images: Tensor  # float32 [M, C, S, S], normalised, on the CPU, pass after pass; later ones are still 0
+    seeds: Tensor  # int64, one a pass
     number: int = 0  # pass
     step: int = 0  # steps done in this pass
     loss: float = math.nan  # at the last multiple of 50 steps
     live: tuple[Tensor, Tensor, Tensor] | None = None  # images in flight and Adam's two moments, on the device
-    rows: Tensor | None = None  # int64 [B], their numbers
+    generator: Tensor | None = None  # state of this pass's generator, uint8
+    first: int = 0  # place in `images` of the first one in flight
 
     def tensors(self) -> dict[str, Tensor]:
-        out = {"images": self.images, "generator": self.generator, "at": torch.tensor([self.number, self.step])}
+        out = {"images": self.images, "seeds": self.seeds, "at": torch.tensor([self.number, self.step, self.first])}
         if self.live is None:
             return out
-        x, first, second = (t.detach().cpu() for t in self.live)
+        x, mean, square = (t.detach().cpu() for t in self.live)
         if not x.isfinite().all():
             raise FloatingPointError(
                 f"the images are not finite after step {self.step} of pass {self.number}; the last good state is kept; "
                 "try a smaller lr or precision=fp32"
             )
-        return out | {"images": self.images.index_copy(0, self.rows, x), "first": first, "second": second}
+        images = self.images.clone()
+        images[self.first : self.first + len(x)] = x
+        return out | {"images": images, "mean": mean, "square": square, "generator": self.generator}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor]) -> RecoverState:
-        number, step = tensors["at"].tolist()
-        state = cls(tensors["images"], tensors["generator"], number, step)
-        if "first" in tensors:
-            state.live = (torch.empty(0), tensors["first"], tensors["second"])
+        number, step, first = tensors["at"].tolist()
+        state = cls(tensors["images"], tensors["seeds"], number, step, first=first)
+        if "generator" in tensors:
+            state.live = (torch.empty(0), tensors["mean"], tensors["square"])
+            state.generator = tensors["generator"]
         return state
+
+    def begin(self) -> torch.Generator:
+        """The generator of this pass, where it stands."""
+        generator = torch.Generator().manual_seed(int(self.seeds[self.number]))
+        return generator if self.generator is None else generator.set_state(self.generator)
 
 
 # --- end shared block ---
@@ -620,12 +631,14 @@ def recover(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     generator: torch.Generator,
+    part: slice = slice(None),
     state: RecoverState | None = None,
     on_step: Callable[[RecoverState], None] | None = None,
 ) -> Tensor:
     """Optimise the images (Alg. 1, line 9; Eq. 15) on the teacher's device.
 
     atoms [K, I, D], weights [K, I] -> images float32 [K*I, C, size, size] in [0, 1] pixel space, on the CPU.
+    part: the passes to do, all by default; then the images are those of these passes, by ascending number.
     `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the
     loss is not finite (looked at every 50 steps).
     """
@@ -636,10 +649,11 @@ def recover(
     )
     clip = low.to(device), high.to(device)
     jitter = round(size / 7) if config.jitter < 0 else config.jitter
-    if state is None:
-        state = RecoverState(torch.zeros(atoms.shape[0] * config.ipc, channels, size, size), generator.get_state())
-    generator.set_state(state.generator)
     plan = passes(len(atoms), config)
+    seeds = torch.randint(2**62, (len(plan),), generator=generator)[part]
+    plan = plan[part]
+    rows = torch.cat([number for number, _ in plan])
+    state = state or RecoverState(torch.zeros(len(rows), channels, size, size), seeds)
     with probe(teacher, config.layer, lambda entering: group_moments(entering, target.sets, target.weights)) as seen:
 
         def loss_of(view: Tensor, target: Targets) -> Tensor:
@@ -652,8 +666,9 @@ def recover(
         while state.number < len(plan):
             number, groups = plan[state.number]
             target = _targets(teacher, stats, atoms, weights, config, number, groups)
+            generator, here = state.begin(), slice(state.first, state.first + len(number))
             fresh = state.live is None
-            x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[number]
+            x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[here]
             x = x.to(device).requires_grad_()
             adam = torch.optim.Adam([x], betas=(0.5, 0.9))
             if not fresh:
@@ -670,13 +685,14 @@ def recover(
                     x.clamp_(*clip)
                 if step % 50 == 49 or step + 1 == config.iterations:
                     state.loss = _finite(loss, step, state.number, config)
-                state.step, state.rows, state.generator = step + 1, number, generator.get_state()
+                state.step, state.generator = step + 1, generator.get_state()
                 state.live = (x, adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"])
                 if on_step:
                     on_step(state)
-            state.images[number] = x.detach().cpu()
-            state.live, state.step, state.number = None, 0, state.number + 1
-    pixels = torch.tensor(mean).view(-1, 1, 1) + state.images * torch.tensor(std).view(-1, 1, 1)
+            state.images[here] = x.detach().cpu()
+            state.live, state.generator, state.step = None, None, 0
+            state.number, state.first = state.number + 1, here.stop
+    pixels = torch.tensor(mean).view(-1, 1, 1) + state.images[rows.argsort()] * torch.tensor(std).view(-1, 1, 1)
     return pixels.clamp(0, 1)
 
 

@@ -29,6 +29,8 @@ __all__ = ["IMAGES", "random", "statistics", "wmdd_images"]
 
 PREVIEW_PER_CLASS = 10
 CHECKED = 200  # real training images that a teacher must not be near chance on
+PARTS = 16  # stages that the passes of a recovery are dealt out to
+BLOCK = 100  # classes whose barycenters are one stage: seconds
 SHOWN_CLASSES = 10  # of which the maps behind the images are kept, for the figures
 
 
@@ -66,30 +68,105 @@ def statistics(lab: Lab, setup: Setup, layer: int) -> Stage:
     return lab.stage("statistics", settings, (teacher, train.fingerprint), build, cost, what, teacher)
 
 
+def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...]:
+    """Atoms and weights, a stage for each block of classes."""
+    stats, classes = statistics(lab, setup, config.layer), len(lab.data(setup.dataset, "train").classes)
+
+    def block(first: int) -> Stage:
+        rows = slice(first, min(first + BLOCK, classes))
+
+        def build(work: Path) -> Product:
+            real = wmdd.Statistics(**lab.entry(stats).tensors())
+            atoms, weights = wmdd.barycenters(real, config, rng(0, "barycenters"), rows)
+            return Product({"atoms": atoms, "weights": weights}, {})
+
+        settings = {k: getattr(config, k) for k in ("ipc", "feature", "weights")}
+        what = f"barycenters of classes {first} to {rows.stop - 1}, {setup.run_on}, IPC {config.ipc}"
+        settings |= {"classes": [first, rows.stop], "seed": 0}
+        return lab.stage("barycenters", settings, (stats,), build, 0.0, what, stats)
+
+    return tuple(block(first) for first in range(0, classes, BLOCK))
+
+
 def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """One set serves all seeds of students, as in the paper."""
     config = wmdd.Config(**{"precision": lab.precision, **setup.distill})
-    teacher, stats = lab.teacher(setup), statistics(lab, setup, config.layer)
+    teacher, stats, blocks = lab.teacher(setup), statistics(lab, setup, config.layer), barycenters(lab, setup, config)
     train = lab.data(setup.dataset, "train")
+    rows = [number for number, _ in wmdd.passes(len(train.classes), config)]
 
-    def build(work: Path) -> Product:
+    def targets() -> tuple[Tensor, Tensor]:
+        found = [lab.entry(block).tensors() for block in blocks]
+        return torch.cat([t["atoms"] for t in found]), torch.cat([t["weights"] for t in found])
+
+    def recover(work: Path, part: slice) -> tuple[Tensor, list]:
         check_ipc(train, config.ipc)
-        generator = rng(0, "wmdd")
         real = wmdd.Statistics(**lab.entry(stats).tensors())
-        atoms, weights = wmdd.barycenters(real, config, generator)
         state, on_step, losses = _resumed(work, wmdd.RecoverState.restore, config.iterations)
         images = wmdd.recover(
-            lab.restored(teacher), real, atoms, weights, config, size=setup.size, mean=train.mean, std=train.std,
-            generator=generator, state=state, on_step=on_step,
+            lab.restored(teacher), real, *targets(), config, size=setup.size, mean=train.mean, std=train.std,
+            generator=rng(0, "wmdd"), part=part, state=state, on_step=on_step,
         )  # fmt: skip
+        return images, losses
+
+    settings = {"method": "wmdd", "config": asdict(config), "size": setup.size, "seed": 0}
+    what = f"WMDD, {setup.run_on}, IPC {config.ipc}"
+    cost = 3 * len(train.classes) * config.ipc * config.iterations * forward_flops(setup.network, setup.size)
+    inputs = (stats, teacher, *blocks)
+    parts, recovered = _in_parts(lab, recover, rows, settings, inputs, cost, what)
+
+    def build(work: Path) -> Product:
+        images, losses = recovered(work)
         labels = torch.arange(len(train.classes)).repeat_interleave(config.ipc)
+        atoms, weights = targets()
         tensors = {"images": images, "labels": labels, "weights": weights.flatten(), "atoms": atoms}
         return _set(tensors, {"method": "wmdd", "losses": losses}, train)
 
-    cost = 3 * len(train.classes) * config.ipc * config.iterations * forward_flops(setup.network, setup.size)
-    settings = {"method": "wmdd", "config": asdict(config), "size": setup.size, "seed": 0}
-    what = f"WMDD, {setup.run_on}, IPC {config.ipc}"
-    return lab.stage("distill", settings, (stats, teacher), build, cost, what, teacher, stats)
+    rest = 0.0 if parts else cost
+    return lab.stage("distill", settings, (*inputs, *parts), build, rest, what, teacher, stats, *blocks, *parts)
+
+
+# ---------------------------------------------------------------- long recoveries in parts
+
+
+def _in_parts(
+    lab: Lab, recover: Callable[[Path, slice], tuple[Tensor, list]], rows: list[Tensor], settings: dict,
+    inputs: tuple, cost: float, what: str,
+) -> tuple[tuple[Stage, ...], Callable[[Path], tuple[Tensor, list]]]:  # fmt: skip
+    """The independent passes of a recovery as stages that can run at once, and what gives all images and losses.
+
+    rows: the numbers of the images of each pass; recover(work, part) -> images of the passes of a part by ascending
+    number, and losses.  With one pass there are no such stages and the images are made where they are asked for.
+    """
+    if len(rows) == 1:
+        return (), lambda work: recover(work, slice(None))
+    numbers, passes = [row.flatten() for row in rows], math.ceil(len(rows) / PARTS)
+    total = sum(map(len, numbers))
+
+    def stage(part: slice) -> Stage:
+        own = torch.cat(numbers[part]).sort().values
+
+        def build(work: Path) -> Product:
+            images, losses = recover(work, part)
+            return Product({"images": images, "numbers": own}, {"losses": losses})
+
+        here, share = settings | {"passes": [part.start, part.stop]}, cost * len(own) / total
+        named = f"passes {part.start} to {part.stop - 1} of {len(rows)}, {what}"
+        return lab.stage("recover", here, inputs, build, share, named, *(i for i in inputs if not isinstance(i, str)))
+
+    parts = tuple(stage(slice(i, min(i + passes, len(rows)))) for i in range(0, len(rows), passes))
+
+    def gathered(work: Path) -> tuple[Tensor, list]:
+        entries = [lab.entry(part) for part in parts]
+        tensors = [entry.tensors() for entry in entries]
+        order = torch.cat([t["numbers"] for t in tensors]).argsort()
+        losses = [
+            [part.settings["passes"][0] + number, step, loss]
+            for part, entry in zip(parts, entries, strict=True) for number, step, loss in entry.meta["losses"]
+        ]  # fmt: skip
+        return torch.cat([t["images"] for t in tensors])[order], losses
+
+    return parts, gathered
 
 
 # ---------------------------------------------------------------- SRe2L, RDED, NRR-DD
@@ -101,15 +178,28 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     classes = len(train.classes)
     _check(sre2l, config, setup, train)
 
-    def make(teacher: torch.nn.Module, **resumed) -> dict[str, Tensor]:
-        images = sre2l.recover(
-            teacher, classes, config, size=setup.size, channels=len(train.mean), mean=train.mean, std=train.std,
-            generator=rng(0, "sre2l"), **resumed,
-        )  # fmt: skip
-        return {"images": images, "labels": torch.arange(classes).repeat_interleave(config.ipc)}
+    teacher = lab.teacher(setup)
 
-    passes = 3 * classes * config.ipc * config.iterations
-    return _with_teacher(lab, setup, "sre2l", config, make, sre2l.RecoverState.restore, passes)
+    def recover(work: Path, part: slice) -> tuple[Tensor, list]:
+        state, on_step, losses = _resumed(work, sre2l.RecoverState.restore, config.iterations)
+        images = sre2l.recover(
+            _checked(lab, setup, teacher), classes, config, size=setup.size, channels=len(train.mean), mean=train.mean,
+            std=train.std, generator=rng(0, "sre2l"), part=part, state=state, on_step=on_step,
+        )  # fmt: skip
+        return images, losses
+
+    settings = {"method": "sre2l", "config": asdict(config), "size": setup.size, "seed": 0}
+    what, inputs = f"SRe2L, {setup.run_on}, IPC {config.ipc}", (teacher, train.fingerprint)
+    cost = 3 * classes * config.ipc * config.iterations * forward_flops(setup.network, setup.size)
+    parts, recovered = _in_parts(lab, recover, sre2l.passes(classes, config), settings, inputs, cost, what)
+
+    def build(work: Path) -> Product:
+        images, losses = recovered(work)
+        tensors = {"images": images, "labels": torch.arange(classes).repeat_interleave(config.ipc)}
+        return _set(tensors, {"method": "sre2l", "losses": losses}, train)
+
+    rest = 0.0 if parts else cost
+    return lab.stage("distill", settings, (*inputs, *parts), build, rest, what, teacher, *parts)
 
 
 def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
@@ -186,10 +276,7 @@ def _with_teacher(
     teacher, train = lab.teacher(setup), lab.data(setup.dataset, "train")
 
     def build(work: Path) -> Product:
-        net = lab.restored(teacher)
-        rows = torch.linspace(0, len(train) - 1, min(CHECKED, len(train))).long()
-        views = normalise(_centre(train, rows, setup).to(lab.device), train.mean, train.std)
-        teachers.check(net, views, train.labels.cpu()[rows], train.classes)
+        net = _checked(lab, setup, teacher)
         state, on_step, losses = _resumed(work, restore, getattr(config, "iterations", 1))
         tensors = make(net, state=state, on_step=on_step)
         return _set(tensors, {"method": name, "losses": losses}, train)
@@ -198,6 +285,15 @@ def _with_teacher(
     what = f"{name.upper().replace('_', '-')}, {setup.run_on}, IPC {config.ipc}"
     cost = passes * forward_flops(setup.network, setup.size)
     return lab.stage("distill", settings, (teacher, train.fingerprint, *needs), build, cost, what, teacher, *needs)
+
+
+def _checked(lab: Lab, setup: Setup, teacher: Stage) -> torch.nn.Module:
+    """The trained teacher; ValueError where it is near chance on real training images."""
+    net, train = lab.restored(teacher), lab.data(setup.dataset, "train")
+    rows = torch.linspace(0, len(train) - 1, min(CHECKED, len(train))).long()
+    views = normalise(_centre(train, rows, setup).to(lab.device), train.mean, train.std)
+    teachers.check(net, views, train.labels.cpu()[rows], train.classes)
+    return net
 
 
 def _whole(train: Dataset | Stream) -> Tensor | Callable:

@@ -165,10 +165,10 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     if algorithm in selection_stages.SELECTIONS:
         return selection_stages.images(lab, setup, on, algorithm, seed)
     method, config = ALGORITHMS[algorithm], _config(lab, setup, algorithm)
-    needs = (_experts(lab, setup, on, config, seed),) if method is mtt else ()
+    needs = _experts(lab, setup, on, config, seed) if method is mtt else ()
 
     def build(work: Path) -> Product:
-        arguments = [list(lab.entry(stage).tensors().values()) for stage in needs]
+        arguments = [[path for part in needs for path in lab.entry(part).tensors().values()]] if needs else []
         return matching.distil(
             work, on, config, method.distill, method.State.restore, seed, *arguments, augmented=method is not dc
         )
@@ -178,16 +178,23 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     return lab.stage("distill", settings, inputs, build, cost, what, *needs)
 
 
-def _experts(lab: Lab, setup: MatchingSetup, on: matching.Setting, config, seed: int) -> Stage:
-    chosen = mtt.ExpertConfig.of(config)
+def _experts(lab: Lab, setup: MatchingSetup, on: matching.Setting, config, seed: int) -> tuple[Stage, ...]:
+    """The expert trajectories of a set: a stage for each, or for the few that a GPU trains side by side."""
+    chosen, group = mtt.ExpertConfig.of(config), matching.side_by_side(lab.device)
 
-    def build(work: Path) -> Product:
-        return matching.experts(work, on, chosen, mtt.train_experts, mtt.ExpertState.restore, seed)
+    def part(numbers: range) -> Stage:
+        def build(work: Path) -> Product:
+            return matching.experts(work, on, chosen, mtt.train_experts, mtt.ExpertState.restore, seed, numbers)
 
-    settings = {**matching.facts(on, seed), "config": asdict(chosen)}
-    steps = chosen.experts * chosen.epochs * len(on.train) * (2 if chosen.rho else 1)
-    what = f"{chosen.experts} experts, {setup.run_on}, {chosen.epochs} epochs"
-    return lab.stage("experts", settings, (on.train.fingerprint,), build, 3.0 * steps * on.flops, what)
+        alike = {k: v for k, v in asdict(chosen).items() if k != "experts"}  # what an expert of any number is made by
+        settings = {**matching.facts(on, seed), "config": alike, "numbers": list(numbers)}
+        steps = len(numbers) * chosen.epochs * len(on.train) * (2 if chosen.rho else 1)
+        named = f"expert {numbers[0]}" if len(numbers) == 1 else f"experts {numbers[0]} to {numbers[-1]}"
+        what = f"{named}, {setup.run_on}, {chosen.epochs} epochs"
+        return lab.stage("experts", settings, (on.train.fingerprint,), build, 3.0 * steps * on.flops, what)
+
+    every = range(chosen.experts)
+    return tuple(part(every[first : first + group]) for first in every[::group])
 
 
 def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:

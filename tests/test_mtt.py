@@ -594,12 +594,11 @@ def test_images_of_any_form_are_prepared():
 # ---------------------------------------------------------------- experts
 
 
-def experts(config, *, make=double, side_by_side=1, state=None, on_step=None, augment=None, dtype=torch.float64):
+def experts(config, *, augment=None, dtype=torch.float64, **more):
     images, labels = real(dtype=dtype)
     return mtt.train_experts(
-        images, labels, config, make_network=make, augment=augment, generator=rng("experts"),
-        side_by_side=side_by_side, state=state, on_step=on_step,
-    )  # fmt: skip
+        images, labels, config, make_network=double, augment=augment, generator=rng("experts"), **more
+    )
 
 
 QUICK = ExpertConfig(experts=3, epochs=2, batch=10, lr=0.1)  # 36 images: 10, 10, 10, 6
@@ -655,16 +654,20 @@ def test_side_by_side_changes_nothing(rho):
         )
 
 
+def test_some_experts_alone_are_those_of_the_whole():
+    whole = experts(QUICK, augment=Jitter())
+    for some in (range(0, 1), range(1, 3), range(2, 3)):
+        assert torch.equal(experts(QUICK, augment=Jitter(), only=some), whole[some.start : some.stop])
+
+
+@pytest.mark.parametrize("only", [None, range(1, 4)])
 @pytest.mark.parametrize("side_by_side", [1, 2])
-def test_experts_continue_bit_for_bit(side_by_side):
+def test_experts_continue_bit_for_bit(side_by_side, only):
     """Killed in the middle of an epoch, at an epoch's end, and between experts."""
-    kept = []
-    whole = experts(
-        QUICK, augment=Jitter(), side_by_side=side_by_side, on_step=lambda s: kept.append(copy.deepcopy(s.tensors()))
-    )
+    kept, how = [], {"augment": Jitter(), "side_by_side": side_by_side, "only": only}
+    whole = experts(QUICK, on_step=lambda s: kept.append(copy.deepcopy(s.tensors())), **how)
     for at in (0, 3, 5, 7, 8, 11, len(kept) - 1):
-        rest = experts(QUICK, augment=Jitter(), side_by_side=side_by_side, state=ExpertState.restore(kept[at]))
-        assert torch.equal(rest, whole), at
+        assert torch.equal(experts(QUICK, state=ExpertState.restore(kept[at]), **how), whole), at
 
 
 def test_finished_epochs_are_counted():
@@ -674,7 +677,7 @@ def test_finished_epochs_are_counted():
 
 
 def test_an_expert_that_diverges_is_named():
-    with pytest.raises(FloatingPointError, match="an expert of 0 to 1 is not finite in epoch 0"):
+    with pytest.raises(FloatingPointError, match="an expert is not finite in epoch 0"):
         experts(replace(QUICK, lr=1e200), side_by_side=2)
 
 
