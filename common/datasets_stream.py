@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from common import datasets_decode as decoding
 from common.augment import random_boxes, rng
 from common.datasets_files import Listing
+from common.distributed import beside
 
 VIEWS = ("center", "random")
 PREFETCH = 4  # batches each worker keeps ready
@@ -84,13 +85,16 @@ class Stream:
         workers: int | None = None,
         *,
         scale: tuple[float, float] = (0.08, 1.0),
+        gaps: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (images uint8 [B, C, size, size], labels int64 [B], indices int64 [B]) on the CPU, in the given order.
 
         view: "center" is the test view of `Dataset.center`; "random" a random resized crop (area share in `scale`,
             aspect 3/4 to 4/3) and a flip with probability 1/2, drawn from (seed, epoch, index of the image), so that
             neither the number of workers nor the batch size changes a view.
-        workers: decoding processes; by default one a core, at most 16. 0 decodes in this process.
+        workers: decoding processes; by default one a core, at most 16, shared among the processes of a training. 0
+            decodes in this process.
+        gaps: leave out a batch of which no image can be read; else ValueError, for processes that count steps together.
 
         Unreadable images are left out of their batch and named in a warning at the end; ValueError once they are more
         than `bad_share` of the set.
@@ -98,7 +102,8 @@ class Stream:
         if view not in VIEWS:
             raise ValueError(f"unknown view '{view}': allowed are {', '.join(VIEWS)}")
         rows = torch.as_tensor(indices, dtype=torch.int64).cpu()
-        workers = min(MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
+        if workers is None:
+            workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // beside()))
         views = _Views(self, size, (seed, epoch, scale) if view == "random" else None)
         loader = DataLoader(
             views,
@@ -116,6 +121,8 @@ class Stream:
                 break
             if len(chosen):
                 yield images, self.labels[chosen], chosen
+            elif not gaps:
+                raise ValueError(f"no image of this process's part of a batch can be read: {', '.join(failed)}")
         decoding.report_bad(bad, len(self), self.bad_share)
 
     def whole(self, indices: Tensor, short_side: int = 512) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,10 @@ from common.store import Checkpoint, Product
 from common.train import accuracy, fit
 from common.views import Recipe
 
-__all__ = ["CIFAR_TEACHER", "RECIPES", "TINY_TEACHER", "WMDD_TEACHER", "check", "restore", "settings", "train"]
+__all__ = [
+    "CIFAR_TEACHER", "RECIPES", "TINY_TEACHER", "WMDD_TEACHER", "check", "restore", "settings", "train",
+    "trained",
+]  # fmt: skip
 
 # WMDD, pretrain defaults: SGD 0.025, momentum 0.9, decay 1e-4 on all parameters, batch 32, 50 epochs, cosine to 0.
 WMDD_TEACHER = Recipe(
@@ -55,16 +58,28 @@ def train(
 
     The last epoch is kept; meta holds its test accuracy (percent) and the loss of every epoch.
     """
-    classes, dtype, history = len(data.classes), resolve_precision(precision, device), []
-    net = networks.make(network, classes=classes, size=size, generator=rng(seed, "teacher"))
-    fit(
-        net, data, recipe, size=size, seed=seed, device=device, dtype=dtype,
-        checkpoint=Checkpoint(work / "state.safetensors"), history=history, description=f"teacher {network}",
+    net, history = trained(
+        data, network=network, size=size, recipe=recipe, seed=seed, precision=precision, device=device,
+        checkpoint=Checkpoint(work / "state.safetensors"),
     )  # fmt: skip
+    dtype = resolve_precision(precision, device)
     top1 = accuracy(net, test_images, test_labels, data, device=device, dtype=dtype)
     meta = {"network": network, "classes": list(data.classes), "size": size, "accuracy": top1}
     meta["losses"] = [row[:2] for row in history]
     return Product({k: v.cpu() for k, v in net.state_dict().items()}, meta)
+
+
+def trained(
+    data: Dataset | Stream, *, network: str, size: int, recipe: Recipe, seed: int, precision: str,
+    device: torch.device, checkpoint: Checkpoint | None = None,
+) -> tuple[nn.Module, list]:  # fmt: skip
+    """A network after its training, and the history of `fit`; what each of several processes runs."""
+    net, history = networks.make(network, classes=len(data.classes), size=size, generator=rng(seed, "teacher")), []
+    fit(
+        net, data, recipe, size=size, seed=seed, device=device, dtype=resolve_precision(precision, device),
+        checkpoint=checkpoint, history=history, description=f"teacher {network}",
+    )  # fmt: skip
+    return net, history
 
 
 def restore(tensors: dict[str, Tensor], network: str, classes: int, size: int) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common import distributed
 from common.datasets import Dataset, Stream
 from common.hardware import autocast
 from common.labels import Labels, Loss, hard_loss, kd_loss
@@ -64,32 +65,42 @@ def fit(
     [M] sample weights of `kd_loss` or None.  history: a list that receives [epoch, mean loss, what on_epoch returned].
     With a checkpoint a killed run continues bit for bit, its history too.  Raises FloatingPointError when the loss is
     not finite, naming the step; the last good state stays in the checkpoint.
+
+    Where several processes train together (common/distributed.py) each computes its rows of every batch, and all take
+    the steps of one process; the first one's checkpoint counts.  ValueError for what they cannot share.
     """
     if (recipe.labels == "soft") != (soft is not None):
         raise ValueError(f"recipe {recipe.name!r} has labels={recipe.labels!r}, but soft labels were "
                          f"{'given' if soft is not None else 'not given'}")  # fmt: skip
+    _check_shared(data, recipe)
     history = [] if history is None else history
+    if not distributed.is_first():
+        checkpoint = None
     net = net.to(device, memory_format=torch.channels_last)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = recipe.bn_momentum
     optimizer = make_optimizer(net, recipe)
     start, running = _resume(checkpoint, net, optimizer, history)
+    model = distributed.parallel(net, device)
+    rows = distributed.rows()
+    own = slice(None) if isinstance(data, Stream) else rows  # a stream decodes no others
     labels = data.labels.to(device)
     total = recipe.epochs * steps_per_epoch(len(labels), recipe.batch)
-    bar = tqdm(total=total, initial=start, desc=description, unit="step", leave=False, disable=None)
-    for view in views(data, recipe, size, seed, start):
+    quiet = None if distributed.is_first() else True
+    bar = tqdm(total=total, initial=start, desc=description, unit="step", leave=False, disable=quiet)
+    for view in views(data, recipe, size, seed, start, rows):
         if view.epoch != len(history):
             _end_epoch(net, running, history, on_epoch, bar)
             running = []
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, view.epoch)
-        net.train()
-        images = normalise(view.pixels.to(device), data.mean, data.std)
+        model.train()
+        images = normalise(view.pixels[own].to(device), data.mean, data.std)
         y = labels[view.indices.to(device)]
-        partner = y[view.permutation.to(device)]
+        y, partner = y[own], y[view.permutation.to(device)][own]
         with autocast(device, dtype):
-            logits = net(images)
+            logits = model(images)
         if soft is None:
             value = hard_loss(logits, y, partner, view.share)
         elif loss is not None:
@@ -98,19 +109,38 @@ def fit(
             w = None if weights is None else weights.to(device)[view.indices.to(device)]
             value = kd_loss(logits, soft(view.step, images, y, partner), recipe.temperature, w)
         optimizer.zero_grad(set_to_none=True)
+        value = value * distributed.weight(len(y), device)
         value.backward()
         optimizer.step()
-        running.append(value.detach())
+        running.append(distributed.mean(value.detach()))
         bar.update()
         save = checkpoint is not None and checkpoint.due(view.step + 1)
         if save or view.step % 50 == 49 or view.step + 1 == total:
-            _check_finite(value, view.step, recipe)
+            _check_finite(running[-1], view.step, recipe)
         if save:
             _save(checkpoint, net, optimizer, view.step + 1, history, running)
     if len(history) < recipe.epochs:
         _end_epoch(net, running, history, on_epoch, bar)
     bar.close()
     return net.eval()
+
+
+def _check_shared(data: Dataset | Stream, recipe: Recipe) -> None:
+    """ValueError for a training that the processes cannot share."""
+    world, images = distributed.world(), len(data.labels)
+    if world == 1:
+        return
+    if recipe.labels == "soft":
+        raise ValueError(f"recipe {recipe.name!r} has labels='soft'; allowed on {world} processes: 'hard'")
+    if recipe.cutmix and isinstance(data, Stream):  # an image and its partner may belong to two processes
+        raise ValueError(f"recipe {recipe.name!r} has cutmix=True; allowed on {world} processes, of a stream: False")
+    rest = images % recipe.batch
+    smallest = rest if rest > 1 else min(recipe.batch, images)
+    if smallest < world:
+        raise ValueError(
+            f"recipe {recipe.name!r} has a batch of {smallest} images (batch={recipe.batch}, {images} in all): too few "
+            f"for {world} processes; allowed: at most {smallest}"
+        )
 
 
 def _end_epoch(net: nn.Module, losses: list[Tensor], history: list, on_epoch, bar) -> None:
@@ -141,7 +171,7 @@ def _resume(
 ) -> tuple[int, list[Tensor]]:
     """Load the checkpoint into net, optimiser and history; returns the next step (0 without one) and the losses of the
     epoch that it is in."""
-    saved = checkpoint.load() if checkpoint else None
+    saved = distributed.from_first(checkpoint.load() if checkpoint else None)
     if saved is None:
         return 0, []
     tensors, meta = saved

@@ -95,14 +95,19 @@ def steps_per_epoch(n: int, batch: int) -> int:
     return n // batch + (rest > 1 or n == 1)
 
 
-def views(data: Dataset | Stream, recipe: Recipe, size: int, seed: int, start: int = 0) -> Iterator[View]:
-    """The stream of augmented batches of `recipe`, from step `start` on; every draw depends on (seed, epoch, batch)."""
+def views(
+    data: Dataset | Stream, recipe: Recipe, size: int, seed: int, start: int = 0, rows: slice = slice(None)
+) -> Iterator[View]:
+    """The stream of augmented batches of `recipe`, from step `start` on; every draw depends on (seed, epoch, batch).
+
+    rows: those of each batch that a `Stream` decodes; a `Dataset` gives whole batches, for CutMix pairs any two images.
+    """
     n, per_epoch = len(data.labels), steps_per_epoch(len(data.labels), recipe.batch)
     for epoch in range(start // per_epoch, recipe.epochs):
         order = torch.randperm(n, generator=rng(seed, "order", epoch))
         first = start - epoch * per_epoch if epoch == start // per_epoch else 0
         chunks = order.split(recipe.batch)[first:per_epoch]
-        for batch, (pixels, indices) in enumerate(_pixels(data, chunks, recipe, size, seed, epoch, first), first):
+        for batch, (pixels, indices) in enumerate(_pixels(data, chunks, recipe, size, seed, epoch, first, rows), first):
             g = rng(seed, "mix", epoch, batch)
             permutation = torch.randperm(len(indices), generator=g)
             share = 0.0
@@ -114,14 +119,15 @@ def views(data: Dataset | Stream, recipe: Recipe, size: int, seed: int, start: i
 
 
 def _pixels(
-    data, chunks, recipe: Recipe, size: int, seed: int, epoch: int, first: int
+    data, chunks, recipe: Recipe, size: int, seed: int, epoch: int, first: int, rows: slice
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(data, Stream):  # crops and flips are drawn in the decoding workers, from (seed, epoch, image)
-        order = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.long)
-        yield from (
-            (p.float(), i)
-            for p, _, i in data.batches(order, recipe.batch, size, "random", seed, epoch, scale=(recipe.crop, 1.0))
-        )
+        order = torch.cat([chunk[rows] for chunk in chunks]) if chunks else torch.empty(0, dtype=torch.long)
+        batches = data.batches(
+            order, len(range(recipe.batch)[rows]), size, "random", seed, epoch, scale=(recipe.crop, 1.0),
+            gaps=rows == slice(None),
+        )  # fmt: skip
+        yield from ((p.float(), i) for p, _, i in batches)
         return
     sizes = data.sizes if data.sizes is not None else torch.tensor(data.images.shape[2:]).expand(len(data.labels), 2)
     sizes = sizes.cpu()
