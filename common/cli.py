@@ -110,6 +110,8 @@ def help_text(config_class: type, *, prog: str, description: str) -> str:
         start = "  " + "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
         pieces = textwrap.wrap(meaning, max(WIDTH - len(start), 30), break_on_hyphens=False) or [""]
         lines += [(start + pieces[0]).rstrip(), *(" " * len(start) + piece for piece in pieces[1:])]
+    if any(item.metadata.get("source") for item in fields(config_class)):
+        lines += ["", "In [brackets]: where a default comes from."]
     return "\n".join([*lines, "", "debug=true prints the traceback of an error."])
 
 
@@ -145,8 +147,8 @@ def _check(item: Field, text: str, values: list, wrong: UsageError) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise wrong
         if choices and value not in choices:
-            near, allowed = _nearest(value, choices), ", ".join(map(str, choices))
-            raise UsageError(f"{item.name}={text}: '{value}' is not allowed{near}; allowed: {allowed}")
+            near = _nearest(value, choices)
+            raise UsageError(f"{item.name}={text}: '{value}' is not allowed{near}; allowed: {_listed(choices)}")
         if minimum is not None and value < minimum:
             raise UsageError(f"{item.name}={text}: must be at least {minimum}")
 
@@ -173,6 +175,11 @@ def _kind(hint: object) -> str:
     return f"{words}, or none" if optional else words
 
 
+def _listed(choices: tuple) -> str:
+    """The choices in one line, without the empty one, which the help text of its field explains."""
+    return ", ".join(str(choice) for choice in choices if choice != "")
+
+
 def _nearest(word: object, allowed) -> str:
     """` (did you mean 'x'?)` where something allowed resembles the word, else nothing."""
     near = get_close_matches(str(word), map(str, allowed), n=1, cutoff=0.5)
@@ -192,7 +199,7 @@ def _meaning(config_class: type, item: Field) -> str:
     facts = item.metadata
     words = facts.get("help") or _kind(_hint(config_class, item.name))
     if facts.get("choices"):
-        words += ": " + ", ".join(map(str, facts["choices"]))
+        words += f"; one of {_listed(facts['choices'])}"
     if facts.get("minimum") is not None:
         words += f" (at least {facts['minimum']})"
     return words + (f" [{facts['source']}]" if facts.get("source") else "")

@@ -20,6 +20,8 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # nam
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
+FETCH = "or call common.datasets.load(..., download=True)"  # by torchvision
+
 
 @dataclass(frozen=True)
 class DataInfo:
@@ -57,7 +59,7 @@ INFO: dict[str, DataInfo] = {
         size=32,
         channels=3,
         note="Krizhevsky 2009",
-        source="load with download=True, or unpack cifar-10-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html) there",
+        source=f"unpack cifar-10-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html) there, {FETCH}",
     ),
     "cifar100": DataInfo(
         classes=100,
@@ -65,7 +67,7 @@ INFO: dict[str, DataInfo] = {
         size=32,
         channels=3,
         note="Krizhevsky 2009, fine labels",
-        source="load with download=True, or unpack cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html) there",
+        source=f"unpack cifar-100-python.tar.gz (www.cs.toronto.edu/~kriz/cifar.html) there, {FETCH}",
     ),
     "svhn": DataInfo(
         classes=10,
@@ -73,7 +75,7 @@ INFO: dict[str, DataInfo] = {
         size=32,
         channels=3,
         note="Netzer 2011, train and test parts without the extra part",
-        source="load with download=True, or put {train,test}_32x32.mat (ufldl.stanford.edu/housenumbers) there",
+        source=f"put {{train,test}}_32x32.mat (ufldl.stanford.edu/housenumbers) there, {FETCH}",
     ),
     "mnist": DataInfo(
         classes=10,

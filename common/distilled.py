@@ -8,9 +8,11 @@
     python -m common.distilled convert logged_files/run7 images/ layout=images normalisation=cifar10
 """
 
+import json
 import math
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common import distilled_set
-from common.cli import HELP, HelpShown, UsageError, guard, help_text, parse
+from common.cli import HELP, WIDTH, HelpShown, UsageError, guard, help_text, parse
 from common.datasets_table import NORMALISATION
 from common.distilled_layouts import (
     FKDRecord,
@@ -34,10 +36,11 @@ from common.distilled_layouts import (
 from common.distilled_set import DistilledSet, to_uint8
 from common.store import write_atomic
 
-__all__ = ["DistilledSet", "FKDRecord", "grid", "load", "load_dc_pt", "load_fkd", "load_image_folder", "load_mtt_pt",
-           "write_dc_pt", "write_image_folder", "write_mtt_pt"]
+__all__ = ["SUFFIX", "DistilledSet", "FKDRecord", "described", "grid", "load", "load_dc_pt", "load_fkd",
+           "load_image_folder", "load_mtt_pt", "png", "write", "write_dc_pt", "write_image_folder", "write_mtt_pt"]
 
 GAP = 2  # px between the images of a grid
+SUFFIX = {"safetensors": ".safetensors", "images": "", "dc": ".pt", "mtt": ""}  # of what `write` makes, by layout
 
 
 def load(path: str | Path, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
@@ -65,6 +68,21 @@ def load(path: str | Path, *, mean: Sequence[float] | None = None, std: Sequence
     raise ValueError(f"{path} is not a known layout: .safetensors, .pt, or a folder of images or of images_best.pt")
 
 
+def write(distilled: DistilledSet, path: str | Path, layout: str = "safetensors", *,
+          whiten: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Writes a set in a layout of `SUFFIX`: a file, or a folder for images and mtt. Only safetensors keeps all of it.
+
+    whiten: for a set distilled under ZCA in the mtt layout (`write_mtt_pt`). ValueError for what a layout cannot hold.
+    """
+    if layout == "mtt":
+        write_mtt_pt(distilled, path, whiten)
+        return
+    writers = {"safetensors": DistilledSet.save, "images": write_image_folder, "dc": write_dc_pt}
+    if layout not in writers:
+        raise ValueError(f"layout={layout!r} is unknown; allowed: {', '.join(SUFFIX)}")
+    writers[layout](distilled, path)
+
+
 def grid(images: Tensor, columns: int) -> bytes:
     """A PNG of images [M, C, H, W], uint8 or floats on the [0, 1] scale, `columns` in a row, 2 px of white between."""
     if images.ndim != 4 or images.shape[0] == 0 or columns < 1:
@@ -86,7 +104,7 @@ class Options:
     """Options of the command line."""
 
     layout: str = field(default="safetensors", metadata={
-        "help": "what convert writes", "choices": ("safetensors", "images", "dc", "mtt")})
+        "help": "what convert writes", "choices": tuple(SUFFIX)})
     normalisation: str = field(default="auto", metadata={
         "help": "mean and std of files that do not say", "choices": ("auto", *NORMALISATION)})
     experiment: int = field(default=0, metadata={"help": "which set of a DC file", "minimum": 0})
@@ -94,21 +112,25 @@ class Options:
 
 
 def described(distilled: DistilledSet) -> str:
-    """A few lines: shapes, ranges, classes, what is there beside the images, sha256."""
+    """Lines of at most 100 columns: shapes, ranges, classes, what is there beside the images, settings, sha256."""
     images, counts = distilled.images, distilled.labels.bincount(minlength=len(distilled.classes))
     soft, weights = distilled.soft_labels, distilled.weights
-    lines = {
+    each = str(counts.min().item()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    facts = {
         "images": f"float32 {list(images.shape)}, pixels {images.min():.3f} to {images.max():.3f}",
         "normalised": f"mean {distilled.mean}, std {distilled.std}",
-        "classes": f"{len(distilled.classes)}, {counts.min()} to {counts.max()} images each: "
+        "classes": f"{len(distilled.classes)}, images of each: {each}; "
                    + ", ".join(distilled.classes[:10]) + (", ..." if len(distilled.classes) > 10 else ""),
         "soft labels": "none" if soft is None else f"{str(soft.dtype)[6:]} {list(soft.shape)}",
         "weights": "none" if weights is None else f"{weights.min():.4g} to {weights.max():.4g}",
         "student lr": distilled.student_lr or "none",
-        "settings": distilled.settings,
         "sha256": distilled.fingerprint(),
+        "settings": "" if distilled.settings else "none",
+        **{f"  {name}": json.dumps(value).strip('"') for name, value in distilled.settings.items()},
     }
-    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+    width = 2 + max(map(len, facts))
+    wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * width, break_on_hyphens=False)
+    return "\n".join(wrapper.fill(f"{name:<{width}}{value}").rstrip() for name, value in facts.items())
 
 
 def main(argv: list[str]) -> None:
@@ -131,11 +153,10 @@ def main(argv: list[str]) -> None:
         print(described(distilled))
     elif action == "grid":
         write_atomic(paths[1], grid(distilled.images, options.columns))
+        print(f"picture: {paths[1]}")
     else:
-        writers = {
-            "safetensors": DistilledSet.save, "images": write_image_folder, "dc": write_dc_pt, "mtt": write_mtt_pt,
-        }  # fmt: skip
-        writers[options.layout](distilled, paths[1])
+        write(distilled, paths[1], options.layout)
+        print(f"written: {paths[1]}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from papers.plan import SCALES, load_paper, papers, select
 
 MOST = 2**63 - 1  # largest seed of a generator
 
-__all__ = ["Args", "describe", "names_scale", "parse", "seconds"]
+__all__ = ["Args", "completed", "describe", "names_scale", "parse", "seconds"]
 
 
 def _arg(default, help: str, **facts):
@@ -92,7 +92,11 @@ def check_engine(args: Args) -> None:
 def parse(argv: list[str]) -> Args:
     """Arguments as a checked `Args` with the scale decided; UsageError names what is wrong and what is allowed."""
     description = "Regenerates the tables and figures of a paper. Papers: " + ", ".join(papers()) + "."
-    args = cli.parse(Args, argv, prog="bash run_all.sh", description=description)
+    return completed(cli.parse(Args, argv, prog="bash run_all.sh", description=description))
+
+
+def completed(args: Args) -> Args:
+    """`args` with the scale decided; UsageError for a pattern that matches no cell."""
     if args.scale == "auto":
         args = replace(args, scale=default_scale()[0])
     paper = load_paper(args.paper)

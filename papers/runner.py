@@ -176,11 +176,16 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
             )
         kind = "to run" if state.startswith("to run") else state
         states[kind] = states.get(kind, 0) + 1
-        if not p.why.startswith("left out"):
+        if told(p):
             lines.append(f"  {p.cell.id:<58} {state}")
     total = clock(sum(s.flops for s in todo.values()) / rate)
     head = [f"{n} cells {state}" for state, n in states.items()]
     return "\n".join([*lines, "", *head, f"{len(todo)} stages to run, about {total} on {hardware(lab.device)}"])
+
+
+def told(p: Planned) -> bool:
+    """Whether a cell has a line of its own in a list: not where it was left out or is no part of the scale."""
+    return p.setup is not None or p.why.startswith("failed")
 
 
 def clock(s: float) -> str:
@@ -287,7 +292,8 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     for key, stage in chain.items():
         spent[stage.name] = round(spent.get(stage.name, 0.0) + entries[key].meta["seconds"], 3)
     if p.cell.metric == "time":
-        values, seeds = [(spent.get("statistics", 0.0) + spent["distill"]) / 3600], [0]
+        own = ("statistics", "barycenters", "recover", "distill")  # what the method does with a teacher
+        values, seeds = [sum(spent.get(stage, 0.0) for stage in own) / 3600], [0]
     else:
         last = [entries[lab.key(top)].meta for top in p.stages]
         which = "accuracies" if p.cell.metric == "accuracy" else p.cell.metric

@@ -442,7 +442,7 @@ def test_command_line(tmp_path, capsys):
     official_dc(source)
     main(["info", str(source), "normalisation=cifar10", "experiment=1"])
     text = capsys.readouterr().out
-    assert "float32 [6, 3, 8, 8]" in text and "3, 2 to 2 images each: 0, 1, 2" in text
+    assert "float32 [6, 3, 8, 8]" in text and "3, images of each: 2; 0, 1, 2" in text
     assert re.search(r"sha256 +[0-9a-f]{64}", text)
     main(["info", str(source), "normalisation=none"])
     assert "std (1.0, 1.0, 1.0)" in capsys.readouterr().out
