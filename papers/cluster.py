@@ -269,7 +269,8 @@ class Crew:
                 self._keep(key, stage, outcome)
         except (self.ray.exceptions.RayError, OSError, RuntimeError) as error:
             before = [self.failed[k] for k in map(self.lab.key, stage.needs) if k in self.failed]
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            cause = getattr(error, "cause", None) or error  # of one that the worker raised: without Ray's headline
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             lost = Outcome(key, error=f"{stage.what}: {reason}", log=f"{error}\n", cause=key)
             outcome = replace(before[0], key=key) if before else lost
         if outcome.error:

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end o
 def results(tables: Path) -> str:
     """All results that the README shows, as Markdown."""
     real = (wmdd(tables), matching(tables, "paper"), matching(tables, "small"), nrr_dd(tables), mixing(tables))
+    real += (leaderboard(tables),)
     return "\n\n".join(filter(None, (status(tables), *real)))
 
 
@@ -102,6 +103,29 @@ def mixing(tables: Path) -> str:
     real = "; ".join(f"{c['setting']}, IPC {c['ipc']}: {spread(c)}" for c in alone)
     note = f" What the mixture has to beat: {real}." if real else ""
     return "\n".join([*head, "|---" * len(heads) + "|", *lines, "", f"Top-1 accuracy in percent; {facts}.{note}"])
+
+
+def leaderboard(tables: Path) -> str:
+    """All sets under one protocol on CIFAR-10 at scale small, best of an IPC first; empty before the first result."""
+    cells = load_cells(tables / "survey" / "small" / "cells")
+    cells = [c for c in cells if (c["table"], c["dataset"]) == ("leaderboard", "CIFAR-10") and c["ipc"]]
+    if not cells:
+        return ""
+    found = {(c["ipc"], c["method"], c["setting"]): c for c in cells}
+    regimes = ("HL", "HL, no augmentation", "SL", "SL+KD")
+    order = sorted({key[:2] for key in found}, key=lambda k: (k[0], -found.get((*k, "HL"), {"mean": 0})["mean"]))
+    head = "`paper=survey scale=small`: sets under one protocol and three kinds of label, best under hard labels first:"
+    lines = [head, ""]
+    lines += ["| IPC | set | " + " | ".join(regimes) + " |", "|---" * (2 + len(regimes)) + "|"]
+    for ipc, method in order:
+        row = [spread(c) if (c := found.get((ipc, method, r))) else "not run" for r in regimes]
+        lines.append(f"| {ipc} | {method} | " + " | ".join(row) + " |")
+    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
+    what = (
+        "Top-1 accuracy in percent, last epoch, mean ± standard deviation (students); HL: hard labels; SL: what a "
+        "teacher says of each image; SL+KD: what it says of each view"
+    )
+    return "\n".join([*lines, "", f"{what}; {facts}."])
 
 
 def nrr_dd(tables: Path) -> str:

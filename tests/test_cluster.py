@@ -151,10 +151,15 @@ def test_failing_stages_leave_a_log_and_the_others_go_on(ray, serial, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_stage_whose_worker_is_killed_is_made_by_another(ray, serial, tmp_path, monkeypatch):
+@pytest.mark.parametrize("finished", [False, True], ids=["before", "after its entry is finished"])
+def test_a_stage_whose_worker_is_killed_is_done_by_another(ray, serial, tmp_path, monkeypatch, finished):
     def killed_once(args, threads, cell, key, parcels, *needs):
         first = Path(args.store, key)
         if needs and not first.exists():
+            if finished:
+                cluster.work(args, threads, cell, key, parcels, *needs)
+            for entry in Path(args.store).glob("students/*/manifest.json"):
+                first.write_text(str(entry.stat().st_mtime_ns))
             first.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return cluster.work(args, threads, cell, key, parcels, *needs)
@@ -162,7 +167,9 @@ def test_a_stage_whose_worker_is_killed_is_made_by_another(ray, serial, tmp_path
     monkeypatch.setattr(cluster, "work", killed_once)
     run = runner.run(given(tmp_path, f"only={RANDOM}", "seeds=0", "engine=ray", "workers=2"))
     assert not run.failed and values(run) == {RANDOM: values(serial[1])[RANDOM][:1]}
-    assert len([p for p in (tmp_path / "runs").iterdir() if p.is_file()]) == 1
+    (first,) = (p for p in (tmp_path / "runs").iterdir() if p.is_file())
+    (students,) = (tmp_path / "runs" / "students").glob("*/manifest.json")
+    assert first.read_text() == (str(students.stat().st_mtime_ns) if finished else "")  # it is not made a second time
 
 
 @pytest.mark.slow

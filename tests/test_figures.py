@@ -175,7 +175,7 @@ def test_curves_show_means_and_deviations_and_say_what_they_were_run_on(smoke, n
     assert "(%)" in ax.get_ylabel() and ax.get_xscale() == "log"
     assert "Error bars: standard deviation over 2 student seeds" in captions(figure)
     assert "Scale smoke: not comparable with print" in captions(figure)
-    assert "digits, 32 px" in captions(figure) + ax.get_title()
+    assert "digits, 16 px" in captions(figure) + ax.get_title()
 
 
 def test_lambda_axis_holds_the_weights_that_were_run(smoke):
@@ -202,7 +202,7 @@ def test_figure1_puts_under_each_image_the_real_one_nearest_to_its_atom(smoke):
     order = torch.cat([train.class_indices(k) for k in range(10)])
     features = torch.randn(len(order), 6, generator=torch.Generator().manual_seed(3))
     rows = torch.stack([torch.arange(10) + (train.labels[order] < k).sum() + k for k in range(10)])  # [K, I]
-    images = torch.rand(100, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    images = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(4))
     keep(smoke, planned, "statistics", {"features": features, "labels": train.labels[order]})
     assert figures.figure1(smoke) is None
     keep(smoke, planned, "distill", {"images": images, "atoms": features[rows] + 0.01}, classes=list(train.classes))
@@ -211,10 +211,10 @@ def test_figure1_puts_under_each_image_the_real_one_nearest_to_its_atom(smoke):
     for k in range(10):
         for j in range(2):
             assert torch.equal(shown[20 * j + k], images[10 * k + j])
-            real = train.center(32, order[rows[k, j]].view(1))[0] / 255
+            real = train.center(16, order[rows[k, j]].view(1))[0] / 255
             assert torch.equal(shown[20 * j + 10 + k], real)
     assert [ax.get_ylabel() for ax in figure.axes[::10]] == ["synthetic", "real"] * 2
-    assert "digits, 32 px, IPC 10" in captions(figure)
+    assert "digits, 16 px, slim networks, IPC 10" in captions(figure)
 
 
 def test_figure5b_has_a_column_a_weight_and_a_row_a_class(smoke):

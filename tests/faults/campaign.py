@@ -3,13 +3,14 @@
     python -m tests.faults.campaign kills=100 paper=matching only=table1/cifar-10/random/convnet/1,table1/cifar-10/dm
 
 The cells run once undisturbed: the reference. Then in rounds, each with a store of its own: the driver is started,
-killed at a moment drawn from the length of the reference run (SIGKILL, in every `term`th round SIGTERM), started
-again, until it finishes; between restarts, in every `damage`th round, one finished entry is truncated, bit-flipped or
-loses a file. A round is held against the reference: every cell has its result, values and stages are the same, every
-tensor is the same bit for bit, and no entry that was whole and finished has been made a second time.
+killed after a random time (SIGKILL, in every `term`th round SIGTERM), started again, until it finishes; between
+restarts, in every `damage`th round, one finished entry is truncated, bit-flipped or loses a file. A round is held
+against the reference: every cell has its result, values and stages are the same, every tensor is the same bit for bit,
+and no entry that was whole and finished has been made a second time.
 
-Each driver is a process of its own, forked after the imports, so that the kills fall into the run and not into them.
-Counts go to `report=` (tables/reliability.md).
+The times between kills are drawn from [0, 2/`dense`] of the reference run's length: about `dense` kills fall into the
+length of a run, spread over all of it, however long it is. Each driver is a process of its own, forked after the
+imports, so that the kills fall into the run and not into them. Counts go to the page `report=`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import platform
 import random
 import re
 import resource
@@ -27,16 +27,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from common import cli
-from common.hardware import commit, hardware, versions
-from common.store import Checkpoint, write_atomic
+from common.store import Checkpoint, sha256_of
 from papers import runner
+from tests.faults import reliability
 
 
 def _arg(default, help: str, **facts):
@@ -51,13 +51,14 @@ class Options:
     only: tuple[str, ...] = _arg((), "cells to run; empty: all of the paper")
     seeds: tuple[int, ...] = _arg((0,), "student seeds", minimum=0)
     kills: int = _arg(100, "stop once so many kills were made", minimum=1)
+    dense: float = _arg(20.0, "kills in the length of one run, about; 2 for a run of seconds", minimum=1.0)
     minutes: float = _arg(600.0, "stop starting rounds after this time", unit="minutes", minimum=0.1)
     term: int = _arg(4, "every so many rounds SIGTERM in place of SIGKILL", unit="rounds", minimum=1)
     damage: int = _arg(2, "every so many rounds entries are damaged between restarts", unit="rounds", minimum=1)
     steps: int = _arg(5, "half-done work is kept so often; 100 in use, more than smoke has", unit="steps", minimum=1)
     figures: bool = _arg(False, "draw the figures too, a third of the time of a small run")
     seed: int = _arg(0, "seed of the moments and of the damage", minimum=0)
-    report: str = _arg("tables/reliability.md", "where the counts are written; empty: printed only")
+    report: str = _arg(reliability.PAGE, "page of the counts, with a folder of its name; empty: printed only")
 
 
 @dataclass
@@ -65,12 +66,12 @@ class Run:
     """What a store and its tables hold once a run has finished."""
 
     results: dict[str, dict]  # cell -> what must not depend on how often it was killed
-    tensors: dict[str, bytes]  # stage/key/file -> its bytes
+    tensors: dict[str, str]  # stage/key/file -> sha256
     resumed: int = field(default=0, compare=False)  # entries that were continued from half-done work
 
 
-def start(options: Options, place: Path) -> int:
-    """A driver in a process of its own; returns its id. What it says is added to place/log."""
+def start(options: Options, place: Path, *more: str) -> int:
+    """A driver in a process of its own, `more` its further arguments; returns its id. place/log gets what it says."""
     process = os.fork()
     if process:
         return process
@@ -78,10 +79,16 @@ def start(options: Options, place: Path) -> int:
     arguments += [f"store={place}/runs", f"out={place}/tables"]
     arguments += [f"seeds={','.join(map(str, options.seeds))}"] if options.seeds else []
     arguments += [f"only={','.join(options.only)}"] if options.only else []
-    Checkpoint.__init__.__defaults__ = (Checkpoint.__init__.__defaults__[0], options.steps)
+    arguments += more
+    keep_often(options.steps)
     if not options.figures:
         runner.draw_figures = lambda finished: []
     drive(arguments, place / "log")
+
+
+def keep_often(steps: int) -> None:
+    """Half-done work of this process is kept every so many steps."""
+    Checkpoint.__init__.__defaults__ = (Checkpoint.__init__.__defaults__[0], steps)
 
 
 def drive(arguments: list[str], log: Path, largest: int | None = None) -> NoReturn:
@@ -142,7 +149,14 @@ def read(place: Path) -> Run:
     files = (file for entry in entries(place) for file in entry.iterdir())
     kept = (file for file in files if file.name not in ("meta.json", "manifest.json"))  # these say when and how long
     resumed = sum(json.loads((entry / "meta.json").read_text())["resumed"] for entry in entries(place))
-    return Run(results, {str(file.relative_to(place / "runs")): file.read_bytes() for file in kept}, resumed)
+    return Run(results, {str(file.relative_to(place / "runs")): sha256_of(file) for file in kept}, resumed)
+
+
+def remade(whole: dict[str, int], place: Path, count: Counter) -> dict[str, int]:
+    """Counts what was `whole` and has been made a second time since; returns what is whole now."""
+    now = marks(place)
+    count["made twice"] += sum(now.get(name) != mark for name, mark in whole.items())
+    return now
 
 
 def harm(place: Path, chance: random.Random) -> str | None:
@@ -175,13 +189,12 @@ def round_of(
     while True:
         process = start(options, place)
         count["starts"] += 1
-        status = ended(process, chance.uniform(0, length)) if count["kills"] < options.kills else finish(process)
+        pause = chance.uniform(0, 2 * length / options.dense)
+        status = ended(process, pause) if count["kills"] < options.kills else finish(process)
         if status is None:
             os.kill(process, sort)
             status = finish(process)
-        now = marks(place)
-        count["made twice"] += sum(now.get(name) != mark for name, mark in whole.items())
-        whole = now
+        whole = remade(whole, place, count)
         if status == -sort:
             count["kills"] += 1
             count[sort.name] += 1
@@ -196,8 +209,10 @@ def round_of(
             whole.pop(hit)  # has to be made again
 
 
-def compare(reference: Run, run: Run, count: Counter) -> None:
-    """Counts what is missing and what differs."""
+def compare(reference: Run, place: Path, count: Counter) -> None:
+    """Counts what a finished run lacks, what differs, and the tracebacks it has shown."""
+    run = read(place)
+    count["tracebacks"] += (place / "log").read_text().count("Traceback (most recent call last)")
     count["cells"] += len(run.results)
     count["tensors"] += len(run.tensors)
     count["resumed"] += run.resumed
@@ -206,62 +221,49 @@ def compare(reference: Run, run: Run, count: Counter) -> None:
         count[f"different {kind}"] += sum(found[name] != wanted.get(name) for name in found)
 
 
-def campaign(options: Options) -> dict:
-    """Reference, then rounds until the kills are made or the time is up; returns the counts and what they are of."""
+def undisturbed(options: Options, place: Path, *more: str) -> tuple[Run, float]:
+    """What a run with `more` arguments leaves, and its seconds; RuntimeError where it fails."""
+    place.mkdir()
+    begun = time.monotonic()
+    if status := finish(start(options, place, *more)):
+        raise RuntimeError(f"the undisturbed run ended with status {status}: {(place / 'log').read_text()[-500:]}")
+    seconds, run = time.monotonic() - begun, read(place)
+    print(f"undisturbed: {len(run.results)} cells, {len(marks(place))} entries, {seconds:.1f} s", flush=True)
+    return run, seconds
+
+
+def campaign(options: Options) -> tuple[Counter, list[str], float]:
+    """Reference, then rounds until the kills are made or the time is up; the counts, the cells, and the seconds of
+    the reference."""
     begun, count, chance = time.monotonic(), Counter(), random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
-        place = Path(folder, "reference")
-        place.mkdir()
-        length = time.monotonic()
-        if status := finish(start(options, place)):
-            raise RuntimeError(f"the reference run ended with status {status}: {(place / 'log').read_text()[-500:]}")
-        length, reference = time.monotonic() - length, read(place)
-        print(f"reference: {len(reference.results)} cells, {len(marks(place))} entries, {length:.1f} s", flush=True)
-        number = 0
+        reference, length = undisturbed(options, Path(folder, "reference"))
         while count["kills"] < options.kills and time.monotonic() - begun < 60 * options.minutes:
-            number += 1
-            place = Path(folder, f"round-{number}")
-            round_of(options, place, number, length, chance, count)
-            compare(reference, read(place), count)
-            said = (place / "log").read_text()
-            count["named"] += len(re.findall(r"is damaged.*to be made again", said))
-            count["tracebacks"] += said.count("Traceback (most recent call last)")
+            count["rounds"] += 1
+            place = Path(folder, f"round-{count['rounds']}")
+            round_of(options, place, count["rounds"], length, chance, count)
+            compare(reference, place, count)
+            count["named"] += len(re.findall(r"is damaged.*to be made again", (place / "log").read_text()))
             shutil.rmtree(place)
-            print(f"round {number}: {dict(count)}", flush=True)
-    seconds = time.monotonic() - begun
-    return {"count": count, "rounds": number, "seconds": seconds, "length": length, "cells": list(reference.results)}
+            print(dict(count), flush=True)
+    return count, list(reference.results), length
 
 
-def rendered(options: Options, found: dict) -> str:
-    """The counts as a page of Markdown."""
-    count, rows = found["count"], []
-    for name, words in ROWS.items():
-        rows.append(f"| {words} | {found['rounds'] if name == 'rounds' else count[name]} |")
-    asked = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asdict(options).items())
-    cells = "\n".join(f"- `{cell}`" for cell in found["cells"])
-    return f"""# Reliability
-
-Written by `python -m tests.faults.campaign {asked}`.
-
-A run of {len(found["cells"])} cells of paper={options.paper} at scale=smoke ({found["length"]:.1f} s undisturbed) was
-started, killed at random moments of this length and started again until it finished, each round in an empty store, and
-compared with the undisturbed run. Drivers are processes forked after the imports. The signal is SIGTERM in rounds whose
-number is divisible by {options.term}, else SIGKILL; in rounds divisible by {options.damage} one finished entry of the
-store was truncated, bit-flipped or lost a file after each kill, where there was one. Half-done work was kept every
-{options.steps} steps; figures were {"drawn" if options.figures else "left out"}.
-
-| what | count |
-|---|---:|
-{chr(10).join(rows)}
-
-The numbers are of these cells alone, with one process on one machine and a local disk: no power cut, no network file
-system, no other paper. Kills of Ray workers and nodes are not part of it.
-
-{cells}
-
-{found["seconds"]:.0f} s on {hardware(torch.device("cpu"))}, {platform.system()}; commit {commit()};
-{", ".join(f"{name} {version}" for name, version in versions().items())}.
-"""
+def section(options: Options, count: Counter, cells: list[str], length: float) -> dict:
+    """What the page says of a campaign."""
+    how = f"""A run of {len(cells)} cells of paper={options.paper} at scale=smoke ({length:.1f} s undisturbed) was
+started, killed after random times of up to {2 * length / options.dense:.1f} s and started again until it finished, each
+round in an empty store, and compared with the undisturbed run. Drivers are processes forked after the imports. The
+signal is SIGTERM in rounds whose number is divisible by {options.term}, else SIGKILL; in rounds divisible by
+{options.damage} one finished entry of the store was truncated, bit-flipped or lost a file after each kill, where there
+was one. Half-done work was kept every {options.steps} steps; figures were
+{"drawn" if options.figures else "left out"}."""
+    return {
+        "title": "Kills of the driver", "command": reliability.command("tests.faults.campaign", options),
+        "how": " ".join(how.split()), "counts": {"count": {words: count[name] for name, words in ROWS.items()}},
+        "cells": cells,
+        "limits": "One process on one machine with a local disk: no power cut, no network file system, no other paper.",
+    }  # fmt: skip
 
 
 ROWS = {
@@ -291,12 +293,10 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, prog="python -m tests.faults.campaign", description=__doc__.split("\n")[0])
     torch.set_num_threads(1)  # a fork must not inherit the threads of another process
     importlib.import_module(f"papers.{runner.load_paper(options.paper).name}.figures")  # before the forks
-    found = campaign(options)
-    page = rendered(options, found)
-    print(page)
-    if options.report:
-        write_atomic(options.report, page.encode())
-    if wrong := [f"{found['count'][name]} {ROWS[name]}" for name in WRONG if found["count"][name]]:
+    begun = time.monotonic()
+    count, cells, length = campaign(options)
+    reliability.keep(options.report, "driver", section(options, count, cells, length), time.monotonic() - begun)
+    if wrong := [f"{count[name]} {ROWS[name]}" for name in WRONG if count[name]]:
         raise RuntimeError("; ".join(wrong))
 
 

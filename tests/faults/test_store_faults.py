@@ -9,8 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,43 @@ def test_a_full_disk_is_said_and_the_next_run_finishes(tmp_path, start, referenc
     assert not campaign.entries(tmp_path) and not [path for path in left if ".tmp-" in str(path)]
     assert runner.main(arguments(tmp_path, "after")) == 0
     assert campaign.read(tmp_path).tensors == reference.tensors
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """tmp_path/runs on a file system of its own, of 1 MiB."""
+    place = tmp_path / "runs"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "small", str(place)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small file system cannot be mounted here: {getattr(error, 'stderr', error)}".strip())
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished_and_the_next_run_finishes(
+    tmp_path, small_disk, start, origin, reference
+):
+    """Room for the images, and for one more block."""
+    block = os.statvfs(small_disk).f_frsize
+    (images,) = (path for path in campaign.entries(origin) if path.parent.name == "distill")
+    room = sum(-(-file.stat().st_size // block) for file in images.iterdir()) + 1
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes((os.statvfs(small_disk).f_bavail - room) * block))
+    driver = start(tmp_path)
+    driver.join(240)
+    said = (tmp_path / "log").read_text()
+    assert driver.exitcode == 1 and "Traceback" not in said
+    (sentence,) = (line for line in said.splitlines() if line.startswith("failed: "))
+    assert "cannot write" in sentence and "/students/" in sentence and "No space left on device" in sentence
+    before = campaign.marks(tmp_path)
+    assert set(before) == {f"distill/{images.name}"} and not list(small_disk.rglob("*.tmp-*"))
+    ballast.unlink()
+    assert runner.main(arguments(tmp_path, "after")) == 0
+    assert campaign.read(tmp_path).tensors == reference.tensors
+    assert before.items() <= campaign.marks(tmp_path).items()
 
 
 def test_a_terminated_run_is_continued(tmp_path, start, reference):
