@@ -252,9 +252,9 @@ class Budget:
         return time.monotonic() - self.start
 
     def allows(self, p: Planned) -> bool:
-        """Whether the cell may start now; one that may not says why."""
+        """Whether the cell may start now, as one that is cached always may; one that may not says why."""
         cost = self.cost(p) if self.limited else 0.0
-        if self.spent() + cost <= self.limit:
+        if self.spent() + cost <= self.limit or not pending(p, self.lab):
             return True
         p.why = f"budget={self.text} was used up (it needs about {clock(cost)})"
         return False

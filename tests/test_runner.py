@@ -153,6 +153,8 @@ def test_with_a_budget_the_cheapest_cells_run_first(column, place):
     assert "table1/imagenette/wmdd/resnet-18/1/soft" in run.results  # cached: costs nothing
     left = [p for p in run.planned if "budget=1s" in p.why]
     assert left and all(p.cell.table == "table5" for p in left)
+    again = runner.run(arguments(place, "only=table1/imagenette/wmdd/1/soft", "budget=0.001s", out="budget"))
+    assert again.results  # however late it is
 
 
 def test_missing_data_is_said_and_nothing_runs(tmp_path):
