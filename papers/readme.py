@@ -112,9 +112,9 @@ def leaderboard(tables: Path) -> str:
     if not cells:
         return ""
     found = {(c["ipc"], c["method"], c["setting"]): c for c in cells}
-    regimes = ("HL", "HL, no augmentation", "SL", "SL+KD")
+    regimes = [r for r in ("HL", "HL, no augmentation", "SL", "SL+KD") if any(key[2] == r for key in found)]
     order = sorted({key[:2] for key in found}, key=lambda k: (k[0], -found.get((*k, "HL"), {"mean": 0})["mean"]))
-    head = "`paper=survey scale=small`: sets under one protocol and three kinds of label, best under hard labels first:"
+    head = "`paper=survey scale=small`: sets under one protocol, the best under hard labels (HL) first:"
     lines = [head, ""]
     lines += ["| IPC | set | " + " | ".join(regimes) + " |", "|---" * (2 + len(regimes)) + "|"]
     for ipc, method in order:
@@ -122,8 +122,8 @@ def leaderboard(tables: Path) -> str:
         lines.append(f"| {ipc} | {method} | " + " | ".join(row) + " |")
     facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
     what = (
-        "Top-1 accuracy in percent, last epoch, mean ± standard deviation (students); HL: hard labels; SL: what a "
-        "teacher says of each image; SL+KD: what it says of each view"
+        "Top-1 accuracy in percent, last epoch, mean ± standard deviation (students); SL: what a teacher says of each "
+        "image; SL+KD: what it says of each view"
     )
     return "\n".join([*lines, "", f"{what}; {facts}."])
 
