@@ -70,12 +70,14 @@ def statistics(lab: Lab, setup: Setup, layer: int) -> Stage:
 
 def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...]:
     """Atoms and weights, a stage for each block of classes."""
-    stats, classes = statistics(lab, setup, config.layer), len(lab.data(setup.dataset, "train").classes)
+    stats, train = statistics(lab, setup, config.layer), lab.data(setup.dataset, "train")
+    classes = len(train.classes)
 
     def block(first: int) -> Stage:
         rows = slice(first, min(first + BLOCK, classes))
 
         def build(work: Path) -> Product:
+            check_ipc(train, config.ipc)
             real = wmdd.Statistics(**lab.entry(stats).tensors())
             atoms, weights = wmdd.barycenters(real, config, rng(0, "barycenters"), rows)
             return Product({"atoms": atoms, "weights": weights}, {})
@@ -100,7 +102,6 @@ def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         return torch.cat([t["atoms"] for t in found]), torch.cat([t["weights"] for t in found])
 
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
-        check_ipc(train, config.ipc)
         real = wmdd.Statistics(**lab.entry(stats).tensors())
         state, on_step, losses = _resumed(work, wmdd.RecoverState.restore, config.iterations)
         images = wmdd.recover(
