@@ -80,7 +80,7 @@ def test_sets_in_pixels_stay_as_they_are(store, tmp_path):
     (file,), tensors = written(store, tmp_path, WMDD).values(), lab.store.get("distill", key).tensors()
     assert torch.equal(file.images, tensors["images"]) and torch.equal(file.labels, tensors["labels"])
     assert torch.equal(file.weights, tensors["weights"]) and file.mean == lab.data("digits", "train").mean
-    assert file.settings["network"] == "resnet18-bn-w16" and file.settings["config"]["ipc"] == 1
+    assert file.settings["network"] == found.setup.network and file.settings["config"]["ipc"] == 1
 
 
 def another(store, algorithm: str, **settings) -> tuple:
