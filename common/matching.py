@@ -231,7 +231,7 @@ def experts(
 
 
 def side_by_side(device: torch.device) -> int:
-    """Experts that train together with stacked parameters: small batches leave a GPU idle, not a CPU."""
+    """Experts or students that train together, stacked: small batches leave a GPU idle, not a CPU."""
     return 10 if device.type == "cuda" else 1
 
 

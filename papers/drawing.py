@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from papers.runner import Planned, Run
 
 __all__ = [
-    "IPC_AXIS", "axes_of", "captioned", "datasets", "entry", "error_bars", "ipc_axis", "lines", "name_of", "show_image",
-    "values", "where",
+    "IPC_AXIS", "axes_of", "captioned", "datasets", "entries", "entry", "error_bars", "ipc_axis", "lines", "name_of",
+    "show_image", "values", "where",
 ]  # fmt: skip
 
 IPC_AXIS = "images per class (IPC, log scale)"
@@ -31,9 +31,15 @@ WORDS = {  # the classes of Imagenette by the names of their folders
 
 
 def entry(run: Run, planned: Planned, stage: str):
-    """The store entry of one stage behind a cell, the last of this name, or None where it has not been made."""
-    found = [s for top in planned.stages[:1] for s in top.all() if s.name == stage]
-    return run.lab.store.get(stage, run.lab.key(found[-1])) if found else None
+    """The store entry of one stage behind a student, the last of this name: of the first that has it, or None."""
+    return next(iter(entries(run, planned, stage)), None)
+
+
+def entries(run: Run, planned: Planned, stage: str) -> list:
+    """Those of all students of a cell, one after the other; a student whose stage has not been made has none."""
+    chains = [[s for s in top.all() if s.name == stage] for top in planned.stages]
+    found = (run.lab.store.get(stage, run.lab.key(chain[-1])) for chain in chains if chain)
+    return [entry for entry in found if entry is not None]
 
 
 def name_of(folder: str) -> str:

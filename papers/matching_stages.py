@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -180,7 +180,7 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
 
 def _experts(lab: Lab, setup: MatchingSetup, on: matching.Setting, config, seed: int) -> tuple[Stage, ...]:
     """The expert trajectories of a set: a stage for each, or for the few that a GPU trains side by side."""
-    chosen, group = mtt.ExpertConfig.of(config), matching.side_by_side(lab.device)
+    chosen = mtt.ExpertConfig.of(config)
 
     def part(numbers: range) -> Stage:
         def build(work: Path) -> Product:
@@ -193,23 +193,29 @@ def _experts(lab: Lab, setup: MatchingSetup, on: matching.Setting, config, seed:
         what = f"{named}, {setup.run_on}, {chosen.epochs} epochs"
         return lab.stage("experts", settings, (on.train.fingerprint,), build, 3.0 * steps * on.flops, what)
 
-    every = range(chosen.experts)
-    return tuple(part(every[first : first + group]) for first in every[::group])
+    return tuple(part(numbers) for numbers in _together(lab, range(chosen.experts)))
 
 
 def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
-    """The students of a cell: side by side on one distilled set, or one on each random subset."""
+    """The students of a cell, each a stage, or the few that a GPU trains side by side; a random subset has one each."""
     if cell.algorithm == FULL:
-        return [full_data(lab, setup, seeds)]
+        return [full_data(lab, setup, few) for few in _together(lab, seeds)]
     if setup.transfer:
         each = [students(lab, cell, replace(setup, student_network=n, transfer=()), seeds) for n in setup.transfer]
         return [_mean(lab, same) for same in zip(*each, strict=True)]
     if cell.algorithm == RANDOM:
         return [_students(lab, setup, images(lab, setup, RANDOM, seed), (seed,)) for seed in seeds]
-    return [_students(lab, setup, images(lab, setup, cell.algorithm, 0), seeds)]
+    made = images(lab, setup, cell.algorithm, 0)
+    return [_students(lab, setup, made, few) for few in _together(lab, seeds)]
 
 
-def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: tuple[int, ...]) -> Stage:
+def _together(lab: Lab, numbers: Sequence[int]) -> list[Sequence[int]]:
+    """Seeds or experts, divided into those that are one stage."""
+    group = matching.side_by_side(lab.device)
+    return [numbers[first : first + group] for first in range(0, len(numbers), group)]
+
+
+def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int]) -> Stage:
     on, protocol = setting_of(lab, setup), setup.protocol
     if setup.student_network:
         on = replace(on, network=setup.student_network)
@@ -235,8 +241,12 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: tuple[int, ...
     count = setup.distill["ipc"] * len(on.train.classes)
     cost = len(seeds) * (3 * (protocol.epochs + 1) * count + len(on.test)) * on.flops
     inputs = (*needs, on.test.fingerprint, *mixing_stages.pool_inputs(lab, setup, on))
-    what = f"{len(seeds)} students by {protocol.name}{', mixed' if setup.mix else ''}, {made.what}"
+    what = f"{_seeds(seeds)} by {protocol.name}{', mixed' if setup.mix else ''}, {made.what}"
     return lab.stage("students", settings, inputs, build, cost, what, *needs)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"student of seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} students"
 
 
 def teacher_logits(lab: Lab, setup: MatchingSetup, on: matching.Setting, pixels: Tensor) -> Tensor:
@@ -267,7 +277,7 @@ def _mean(lab: Lab, each: tuple[Stage, ...]) -> Stage:
     return lab.stage("mean", {}, each, build, 0.0, f"mean of {len(each)} networks, {each[0].what}", *each)
 
 
-def full_data(lab: Lab, setup: MatchingSetup, seeds: tuple[int, ...]) -> Stage:
+def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     """Students on all training images, for the epochs that the scale gives them."""
     on, protocol = setting_of(lab, setup), replace(setup.protocol, **setup.measure.get("full", {}))
 
@@ -277,7 +287,7 @@ def full_data(lab: Lab, setup: MatchingSetup, seeds: tuple[int, ...]) -> Stage:
 
     settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": list(seeds), "kept": True}
     cost = len(seeds) * (3 * (protocol.passes) * len(on.train) + len(on.test)) * on.flops
-    what = f"{len(seeds)} students by {protocol.name}, all of {setup.run_on}, {protocol.epochs} epochs"
+    what = f"{_seeds(seeds)} by {protocol.name}, all of {setup.run_on}, {protocol.epochs} epochs"
     return lab.stage("students", settings, (on.train.fingerprint, on.test.fingerprint), build, cost, what)
 
 

@@ -69,9 +69,9 @@ def figure2(run: Run) -> Figure | None:
     if not found:
         return None
     chosen = max(found, key=lambda key: (key[1], key[0] == "DSA"))  # the paper shows DSA at IPC 50
-    entries = [drawing.entry(run, found[chosen][arm], "similarity") for arm in ARMS]
-    alone, mixed = (entry.tensors()["similarity"].mean(0) for entry in entries)
-    layers = entries[0].meta["layers"]
+    entries = [drawing.entries(run, found[chosen][arm], "similarity") for arm in ARMS]
+    alone, mixed = (torch.cat([entry.tensors()["similarity"] for entry in each]).mean(0) for each in entries)
+    layers = entries[0][0].meta["layers"]
     figure, axes = drawing.axes_of(10.5, 3.6, 1, 3)
     shown = ((alone, "distilled alone", (0, 1)), (mixed, "mixed", (0, 1)), (mixed - alone, "difference", (-0.5, 0.5)))
     for ax, (matrix, name, (low, high)) in zip(axes[0], shown, strict=True):
