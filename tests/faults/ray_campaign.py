@@ -213,12 +213,13 @@ def kinds(options: Options, length: float, nodes: Nodes, chance: random.Random) 
 
     often = 2 * length / options.dense
     there = f"address={nodes.address}"
-    return {
+    all_of_them = {
         "worker": Kind(options.kills, often, (OWN,), worker),
         "node": Kind(options.nodes, often, (there,), node),
         "driver": Kind(options.drivers, length, (OWN,), itself, kills_driver=True),
         "node, stores apart": Kind(options.apart, often, (there, APART), node),
     }
+    return {name: kind for name, kind in all_of_them.items() if kind.most}
 
 
 def round_of(options: Options, kind: Kind, place: Path, chance: random.Random, count: Counter) -> None:
@@ -307,12 +308,17 @@ it. These kills came after random times of up to {2 * length / options.dense:.1f
 after up to {length:.1f} s with the Ray that it had started, and started again until it finished. Half-done work was
 kept every {options.steps} steps; figures were left out."""
     return {
-        "title": "Ray", "command": reliability.command("tests.faults.ray_campaign", options),
+        "title": title_of(counts), "command": reliability.command("tests.faults.ray_campaign", options),
         "how": " ".join(how.split()),
         "counts": {name: {words: count[row] for row, words in ROWS.items()} for name, count in counts.items()},
         "cells": list(reference.results),
         "limits": "Raylets of one machine with a local disk: no network between them that fails, no lost head.",
     }  # fmt: skip
+
+
+def title_of(counts: dict[str, Counter]) -> str:
+    """Of a campaign with one kind of fault, the kind too: it is kept beside that of all."""
+    return f"Ray: {next(iter(counts))}" if len(counts) == 1 else "Ray"
 
 
 def main(argv: list[str]) -> None:
@@ -326,7 +332,8 @@ def main(argv: list[str]) -> None:
     cluster.work = work
     begun = time.monotonic()
     counts, reference, length = run(options)
-    reliability.keep(options.report, "ray", section(options, counts, reference, length), time.monotonic() - begun)
+    name = re.sub(r"\W+", "_", title_of(counts).lower())
+    reliability.keep(options.report, name, section(options, counts, reference, length), time.monotonic() - begun)
     wrong = [f"{count[row]} {ROWS[row]} ({name})" for name, count in counts.items() for row in (*WRONG, "left")
              if count[row]]  # fmt: skip
     if wrong:
