@@ -50,13 +50,13 @@ def _torchvision(name: str, classes: int, size: int, channels: int) -> nn.Module
     return getattr(torchvision.models, name)(num_classes=classes)
 
 
-def _vit(name: str, classes: int, size: int, channels: int) -> nn.Module:
+def _vit(name: str, classes: int, size: int, channels: int, **slim: int) -> nn.Module:
     """timm vision transformer; patch 16 as published, size/4 (a 4x4 token grid) below 64 px."""
     import timm  # heavy: only transformers need it
 
     patch = 16 if size >= 64 else max(size // 4, 1)
     return timm.create_model(
-        f"vit_{name}_patch16_224", num_classes=classes, img_size=size, patch_size=patch, in_chans=channels
+        f"vit_{name}_patch16_224", num_classes=classes, img_size=size, patch_size=patch, in_chans=channels, **slim
     )
 
 
@@ -100,6 +100,7 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{d}-dcbench": partial(_dcbench, d) for d in (18, 152)},
     **{n: partial(_torchvision, n) for n in ("mobilenet_v2", "efficientnet_b0")},
     **{f"vit-{n}": partial(_vit, n) for n in ("tiny", "small")},
+    **{f"vit-{n}-w{w}": partial(_vit, n, embed_dim=w, depth=2) for n, w in (("tiny", 48), ("small", 96))},
 }
 
 # What may follow "convnetD-": each part sets one argument of ConvNet.

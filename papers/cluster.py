@@ -72,6 +72,7 @@ def connected(args: Args) -> Iterator[None]:
 
     ConnectionError where nothing answers at the address.
     """
+    logging.getLogger("ray.widgets.util").setLevel(logging.ERROR)  # in a notebook it asks for more packages on import
     import ray
 
     if ray.is_initialized():

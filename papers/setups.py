@@ -108,8 +108,7 @@ def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, ne
         base = rded.student_recipe(dataset, info(dataset).classes, network, factor, cell.ipc)
         if cell.algorithm not in STITCHED:
             base |= {"shuffle": 1}
-    own = scale.get("architectures", {}).get(cell.arch)
-    student = merged(base, *(x.get("student") for x in layers), own, cell.student)
+    student = merged(base, *(x.get("student") for x in layers), cell.student)
     if cell.label_regime == "hard":
         student |= {"labels": "hard"} | ({"cutmix": False} if base else {})
     return Recipe(**student)
