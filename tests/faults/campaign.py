@@ -259,7 +259,8 @@ signal is SIGTERM in rounds whose number is divisible by {options.term}, else SI
 was one. Half-done work was kept every {options.steps} steps; figures were
 {"drawn" if options.figures else "left out"}."""
     return {
-        "title": "Kills of the driver", "command": reliability.command("tests.faults.campaign", options),
+        "title": f"Kills of the driver{f', {len(cells)} cells' if options.only else ''}",
+        "command": reliability.command("tests.faults.campaign", options),
         "how": " ".join(how.split()), "counts": {"count": {words: count[name] for name, words in ROWS.items()}},
         "cells": cells,
         "limits": "One process on one machine with a local disk: no power cut, no network file system, no other paper.",
@@ -295,7 +296,7 @@ def main(argv: list[str]) -> None:
     importlib.import_module(f"papers.{runner.load_paper(options.paper).name}.figures")  # before the forks
     begun = time.monotonic()
     count, cells, length = campaign(options)
-    reliability.keep(options.report, "driver", section(options, count, cells, length), time.monotonic() - begun)
+    reliability.keep(options.report, section(options, count, cells, length), time.monotonic() - begun)
     if wrong := [f"{count[name]} {ROWS[name]}" for name in WRONG if count[name]]:
         raise RuntimeError("; ".join(wrong))
 

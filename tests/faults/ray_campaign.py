@@ -332,8 +332,7 @@ def main(argv: list[str]) -> None:
     cluster.work = work
     begun = time.monotonic()
     counts, reference, length = run(options)
-    name = re.sub(r"\W+", "_", title_of(counts).lower())
-    reliability.keep(options.report, name, section(options, counts, reference, length), time.monotonic() - begun)
+    reliability.keep(options.report, section(options, counts, reference, length), time.monotonic() - begun)
     wrong = [f"{count[row]} {ROWS[row]} ({name})" for name, count in counts.items() for row in (*WRONG, "left")
              if count[row]]  # fmt: skip
     if wrong:

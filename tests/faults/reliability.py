@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,15 +22,15 @@ def command(module: str, options) -> str:
     return " ".join(["python -m", module, *(f"{k}={v}" for k, v in given.items() if v != "" and k != "report")])
 
 
-def keep(page: str, name: str, section: dict, seconds: float) -> None:
-    """Prints a section and keeps it as <page without suffix>/<name>.json; the page is made anew from all that is there.
+def keep(page: str, section: dict, seconds: float) -> None:
+    """Prints a section and keeps it as <page without suffix>/<title>.json; the page is made anew from all of these.
 
     section: title, command, how, counts (column -> row -> number), cells, limits.
     """
     section |= {"seconds": round(seconds), "system": platform.system(), **made(torch.device("cpu"))}
     print(rendered(section))
     if page:
-        folder = Path(page).with_suffix("")
+        folder, name = Path(page).with_suffix(""), re.sub(r"\W+", "_", section["title"].lower())
         write_atomic(folder / f"{name}.json", (json.dumps(section, indent=1) + "\n").encode())
         sections = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
         write_atomic(page, "\n".join(["# Reliability\n", *map(rendered, sections)]).encode())
@@ -43,6 +44,7 @@ def rendered(section: dict) -> str:
     lines += [f"| what | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {row} | {' | '.join(str(counts.get(row, '')) for counts in columns.values())} |" for row in rows]
     packages = ", ".join(f"{name} {version}" for name, version in section["versions"].items())
-    lines += ["", section["limits"], "", *(f"- `{cell}`" for cell in section["cells"]), ""]
+    cells = [f"- `{cell}`" for cell in section["cells"]]
+    lines += ["", section["limits"], "", *cells, *([""] if cells else [])]
     where = f"{section['hardware']}, {section['system']}; commit {section['commit']}"
     return "\n".join([*lines, f"{section['seconds']} s on {where}; {packages}.", ""])

@@ -6,6 +6,7 @@ matter, a full disk at each call, a read-only root); many kills are in tests/fau
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -237,15 +238,32 @@ def test_a_terminated_run_is_continued(tmp_path, start, reference):
     assert before.items() <= campaign.marks(tmp_path).items()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere: tests/test_store.py drops its rights")
-def test_a_read_only_store_serves_what_it_has(tmp_path, finished, capsys):
-    folders = [path for path in (tmp_path / "runs").rglob("*") if path.is_dir()]
-    for folder in folders:
-        folder.chmod(0o555)
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nothing below `folder` can be written in this block: by its rights, which root has everywhere, or by a mount."""
+    if os.geteuid():
+        inner = [path for path in folder.rglob("*") if path.is_dir()]
+        try:
+            for path in inner:
+                path.chmod(0o555)
+            yield
+        finally:
+            for path in inner:
+                path.chmod(0o755)
+        return
     try:
+        subprocess.run(["mount", "--bind", folder, folder], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"root cannot mount a folder read-only here: {getattr(error, 'stderr', error)}".strip())
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_read_only_store_serves_what_it_has(tmp_path, finished, capsys):
+    with read_only(tmp_path / "runs"):
         assert runner.main(arguments(tmp_path)) == 0
         assert runner.main([*arguments(tmp_path)[:4], "seeds=7", *arguments(tmp_path)[5:]]) == 1
-        assert "cannot write" in capsys.readouterr().err
-    finally:
-        for folder in folders:
-            folder.chmod(0o755)
+    assert "cannot write" in capsys.readouterr().err

@@ -1,0 +1,33 @@
+"""The whole fault campaign, part after part: python -m tests.faults.  Two to three hours on two processors.
+
+Each part writes its section of tables/reliability.md; one that fails is said, and the others go on.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+TWO_CELLS = "only=table1/cifar-10/random/convnet/1,table1/cifar-10/dm/convnet/1"
+PARTS = (
+    ("tests.faults.single",),
+    ("tests.faults.campaign", "kills=100", "dense=45", "minutes=90"),
+    ("tests.faults.campaign", TWO_CELLS, "kills=100", "dense=2", "minutes=20"),
+    ("tests.faults.ray_campaign", "apart=0"),
+    ("tests.faults.ray_campaign", "kills=0", "nodes=0", "drivers=0", "apart=5"),
+)
+
+
+def main() -> int:
+    failed = []
+    for module, *arguments in PARTS:
+        command = [sys.executable, "-m", module, *arguments]
+        print(" ".join(command[1:]), flush=True)
+        if subprocess.run(command).returncode:
+            failed.append(" ".join([module, *arguments]))
+    print("failed: " + "; ".join(failed) if failed else "all parts ended as they should")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
