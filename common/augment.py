@@ -8,7 +8,8 @@ Draws are made on the CPU (a few numbers an image), so that the same seed gives 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "ZCA", "CropResizeFlip", "DiffAugment", "Draw", "apply_cutmix", "crop_resize", "cutmix_box", "random_boxes",
-    "resample_matrix", "rng", "shuffle_patches",
+    "resample_matrix", "rng", "seeded", "shuffle_patches",
 ]  # fmt: skip
 
 
@@ -27,6 +28,22 @@ def rng(*path: int | str) -> torch.Generator:
 
     digest = hashlib.sha256(repr(path).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# --- begin shared block: seeded (a test keeps its copies equal) ---
+@contextmanager
+def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+    """Dropout takes no generator: its draws are seeded for the block, the global state is put back after it."""
+    seed, cuda = int(torch.randint(2**62, (), generator=generator)), [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+# --- end shared block ---
 
 
 # --- begin shared block: resample_matrix (a test keeps its copies equal) ---

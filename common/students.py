@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from common.augment import DiffAugment, rng
+from common.augment import DiffAugment, rng, seeded
 from common.hardware import autocast
 from common.protocols import PROTOCOLS, Protocol
 from common.store import Checkpoint
@@ -246,14 +246,7 @@ class _Group:
     def _logits(self, x: Tensor, epoch: int, batch: int) -> Tensor:
         if len(self.seeds) > 1:
             return self.model(self.params, self.buffers, x, len(self.seeds))
-        device, seed = self.model.device, rng(self.seeds[0], "network", epoch, batch).initial_seed()
-        cuda = [device] if device.type == "cuda" else []
-        # Dropout takes no generator, so its draws are seeded here; the global state is put back afterwards.
-        with torch.random.fork_rng(cuda):
-            torch.default_generator.manual_seed(seed)
-            if cuda:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+        with seeded(self.model.device, rng(self.seeds[0], "network", epoch, batch)):  # dropout
             return self.model(self.params, self.buffers, x, 1)
 
     def check(self, epoch: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import distributed
+from common.augment import rng, seeded
 from common.datasets import Dataset, Stream
 from common.hardware import autocast
 from common.labels import Labels, Loss, hard_loss, kd_loss
@@ -99,7 +100,8 @@ def fit(
         images = normalise(view.pixels[own].to(device), data.mean, data.std)
         y = labels[view.indices.to(device)]
         y, partner = y[own], y[view.permutation.to(device)][own]
-        with autocast(device, dtype):
+        masks = rng(seed, "network", view.step, distributed.rank())  # of dropout
+        with seeded(torch.device(device), masks), autocast(device, dtype):
             logits = model(images)
         if soft is None:
             value = hard_loss(logits, y, partner, view.share)

@@ -239,7 +239,7 @@ class _Network:
         """One step on the images of these rows; their mean loss before it."""
         self.optimizer.param_groups[0]["lr"] = lr
         self.net.train()
-        with _seeded(self.device, generator):
+        with seeded(self.device, generator):
             loss = F.cross_entropy(self.logits(rows, see), self.labels[rows.to(self.device)])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -260,7 +260,7 @@ class _Network:
 
 # --- begin shared block: seeded (a test keeps its copies equal) ---
 @contextmanager
-def _seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
     """Dropout takes no generator: its draws are seeded for the block, the global state is put back after it."""
     seed, cuda = int(torch.randint(2**62, (), generator=generator)), [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):

@@ -317,7 +317,7 @@ def score(
 
 # --- begin shared block: seeded (a test keeps its copies equal) ---
 @contextmanager
-def _seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
     """Dropout takes no generator: its draws are seeded for the block, the global state is put back after it."""
     seed, cuda = int(torch.randint(2**62, (), generator=generator)), [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
@@ -364,7 +364,7 @@ class _Run:
         self.net.train()
         order = torch.randperm(len(labels), generator=generator)
         batches, total, seen = order.split(self.config.batch), 0, []
-        with _seeded(self.device, generator):
+        with seeded(self.device, generator):
             for step, rows in enumerate(batches):
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.config, state.step + step / len(batches))

@@ -257,7 +257,7 @@ def train(
         mixed = mixed_epoch(images, classes, pool, config, rng(seed, "mix", epoch))
         order = torch.randperm(len(images), generator=rng(seed, "order", epoch)).to(device)
         total = 0
-        with _dropout_from(rng(seed, "dropout", epoch), device):
+        with seeded(device, rng(seed, "dropout", epoch)):
             for batch, rows in enumerate(order.split(config.batch)):
                 x = mixed[rows]
                 if augment is not None:
@@ -297,16 +297,20 @@ def _moments(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return {f"{kind}/{name}": t for name, p in net.named_parameters() for kind, t in optimizer.state[p].items()}
 
 
+# --- begin shared block: seeded (a test keeps its copies equal) ---
 @contextmanager
-def _dropout_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Dropout takes no generator: the global one is seeded for it and put back afterwards."""
-    cuda = [device] if device.type == "cuda" else []
+def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
+    """Dropout takes no generator: its draws are seeded for the block, the global state is put back after it."""
+    seed, cuda = int(torch.randint(2**62, (), generator=generator)), [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(generator.initial_seed())
+        torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(generator.initial_seed())
+                torch.cuda.manual_seed(seed)
         yield
+
+
+# --- end shared block ---
 
 
 def _targets(

@@ -32,8 +32,9 @@ def network(seed=0):
     return networks.make("convnet2", classes=3, size=16, generator=rng(seed))
 
 
-def student(data, recipe, soft=None, **more):
-    net = fit(network(1), data, recipe, size=16, seed=7, device=CPU, soft=soft, **more)
+def student(data, recipe, soft=None, dropout=0.0, **more):
+    net = torch.nn.Sequential(torch.nn.Dropout(dropout), network(1)) if dropout else network(1)
+    net = fit(net, data, recipe, size=16, seed=7, device=CPU, soft=soft, **more)
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
@@ -127,11 +128,11 @@ def test_less_than_the_logits_may_be_kept(data):
     assert not torch.equal(one, student(data, recipe, Online(teacher, torch.float32), dtype=torch.float32))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "dropout"), [("adamw", 0.0), ("sgd", 0.0), ("sgd", 0.3)])
 @pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
-def test_a_killed_run_continues_bit_for_bit(data, tmp_path, optimizer, stop):
+def test_a_killed_run_continues_bit_for_bit(data, tmp_path, optimizer, dropout, stop):
     recipe = Recipe(epochs=4, batch=10, optimizer=optimizer, lr=0.01, labels="hard")
-    seen = {"history": [], "on_epoch": lambda epoch, net: epoch + 0.5}
+    seen = {"history": [], "on_epoch": lambda epoch, net: epoch + 0.5, "dropout": dropout}
     whole = student(data, recipe, **seen)
     assert [row[0] for row in seen["history"]] == [0, 1, 2, 3] and seen["history"][2][2] == 2.5
 
