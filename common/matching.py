@@ -253,4 +253,5 @@ def students(
             on_epoch=lambda *_: bar.update(), **options,
         )  # fmt: skip
     kept = {f"{place}/{name}": v for place, state in enumerate(found.networks) for name, v in state.items()}
-    return Product(kept, {"accuracies": list(found.accuracies), "best": found.best, "seeds": list(seeds)})
+    curves = {"curves": found.curves} if found.curves else {}
+    return Product(kept, {"accuracies": list(found.accuracies), "best": found.best, "seeds": list(seeds), **curves})

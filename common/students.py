@@ -37,7 +37,8 @@ class Students:
     """What came of the students, in the order of their seeds."""
 
     accuracies: list[float] = field(default_factory=list)  # percent of the test images, after the last pass
-    best: list[float] = field(default_factory=list)  # best at any look; only with eval_every, and only as a side column
+    best: list[float] = field(default_factory=list)  # best at any look; only with looks, and only as a side column
+    curves: list[list[float]] = field(default_factory=list)  # accuracy at each look; only with looks
     losses: list[float] = field(default_factory=list)  # mean over the last pass
     seconds: float = 0.0
     networks: list[dict[str, Tensor]] = field(default_factory=list)  # parameters and buffers; only with keep=True
@@ -62,7 +63,7 @@ def train_students(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     side_by_side: int = 0,
-    eval_every: int = 0,
+    looks: int | Sequence[int] = 0,
     compile: bool = False,
     checkpoint: Checkpoint | None = None,
     on_epoch: Callable[[int, int], None] | None = None,
@@ -75,14 +76,16 @@ def train_students(
     wants them.  mix(seed, epoch): the images [M, C, H, W] of a student's pass, in place of `images`.  keep: return the
     networks too.  dtype: bfloat16 is autocast.
     side_by_side: students stacked together; 0: up to ten on a GPU, one on a CPU, where grouped convolutions are slower.
-    Networks that vmap cannot take (running statistics, dropout) train one after the other.  eval_every: also look at
-    the test set after every so many passes.  compile needs a C++ compiler on a CPU.  on_epoch(passes done, of how
-    many) after each pass of each group.  Raises FloatingPointError when a loss is not finite.
+    Networks that vmap cannot take (running statistics, dropout) train one after the other.  looks: also test after
+    every so many passes, or after those named, and after the last.  compile needs a C++ compiler on a CPU.
+    on_epoch(passes done, of how many) after each pass of each group.  Raises FloatingPointError when a loss is not
+    finite.
     """
     protocol = _resolve(protocol)
     target = _checked(protocol, images, labels, test_images, test_labels, augment, lr, soft_labels, teacher, seeds)
-    if side_by_side < 0 or eval_every < 0:
-        raise ValueError(f"side_by_side={side_by_side} and eval_every={eval_every} must be at least 0")
+    if side_by_side < 0 or (looks if isinstance(looks, int) else min(looks, default=1) - 1) < 0:
+        raise ValueError(f"side_by_side={side_by_side} and looks={looks} are not allowed: at least 0, passes from 1")
+    looks = range(0, protocol.passes, looks) if looks and isinstance(looks, int) else looks or ()
     if protocol.augment and augment is None:
         augment = DiffAugment(protocol.augment)
     device, begun = torch.device(device), time.perf_counter()
@@ -100,16 +103,16 @@ def train_students(
     groups = [tuple(seeds)[i : i + together] for i in range(0, len(seeds), together)]
     before = found.seconds
 
-    def save(tensors: dict[str, Tensor], epoch: int, best: list[float]) -> None:
+    def save(tensors: dict[str, Tensor], epoch: int, curves: list[list[float]]) -> None:
         so_far = asdict(replace(found, seconds=before + time.perf_counter() - begun, networks=[]))
-        facts = {"found": so_far, "together": together, "epoch": epoch, "best": best}
+        facts = {"found": so_far, "together": together, "epoch": epoch, "curves": curves}
         checkpoint.save({**tensors, **kept}, facts)
 
     for number, seeds_ in enumerate(groups):
         if number * together < len(found.accuracies):
             continue
         group = _Group(model, seeds_, protocol, rate)
-        epoch, best = meta.get("epoch", 0), meta.get("best", [])
+        epoch, curves = meta.get("epoch", 0), meta.get("curves") or [[] for _ in seeds_]
         if tensors:
             group.restore(tensors, epoch)
         tensors, meta = {}, {}
@@ -120,15 +123,17 @@ def train_students(
             due = checkpoint is not None and not last and checkpoint.due(number * protocol.passes + epoch)
             if due or last or epoch % 50 == 0:
                 group.check(epoch)
-            if eval_every and (epoch % eval_every == 0 or last):
-                accuracies = test(group)
-                best = [max(pair) for pair in zip(best or accuracies, accuracies, strict=True)]
+            if looks and (epoch in looks or last):
+                for curve, accuracy in zip(curves, test(group), strict=True):
+                    curve.append(accuracy)
             if due:
-                save(group.tensors(), epoch, best)
+                save(group.tensors(), epoch, curves)
             if on_epoch:
                 on_epoch(number * protocol.passes + epoch, len(groups) * protocol.passes)
         found.accuracies.extend(test(group))
-        found.best.extend(best)
+        if looks:
+            found.curves.extend(curves)
+            found.best.extend(map(max, curves))
         found.losses.extend(group.losses.tolist())
         if keep:
             first = number * together

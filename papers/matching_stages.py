@@ -18,12 +18,15 @@ from common.store import Product
 from common.views import Recipe, normalise
 from methods import coresets, dc, dm, dsa, mtt
 from papers import mixing_stages, selection_stages
+from papers.hard_truths.scaling import epochs_for, fitted_epochs
 from papers.plan import Cell, merged
 
 if TYPE_CHECKING:
     from papers.stages import Lab, Stage
 
-__all__ = ["ALGORITHMS", "MatchingSetup", "images", "matching_setup", "setting_of", "students", "teacher_logits"]
+__all__ = [
+    "ALGORITHMS", "MatchingSetup", "experts", "images", "matching_setup", "setting_of", "students", "teacher_logits",
+]  # fmt: skip
 
 FULL = "full-data"  # all training images
 RANDOM = "random-subset"  # real images drawn at random, tested by a protocol of the matching papers
@@ -54,6 +57,9 @@ class MatchingSetup:
     teacher: Recipe | None = None
     student_network: str = ""  # empty: that of the set
     transfer: tuple[str, ...] = ()  # students whose mean accuracy is the number
+    times: float = 1.0  # students train that many times as long as the protocol says
+    budget: float = 0.0  # or for as many steps as so many passes over the training set have
+    looks: bool = False  # students are also tested on the way, at the epochs that the scaling law is fitted to
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -67,7 +73,13 @@ class MatchingSetup:
             "protocol": asdict(self.protocol), "mix": dict(self.mix), "measure": dict(self.measure),
             "teacher_network": self.teacher_network, "teacher": self.teacher and asdict(self.teacher),
             "student_network": self.student_network or self.network, "transfer": list(self.transfer),
+            "times": self.times, "budget": self.budget,
         }  # fmt: skip
+
+    def trained_by(self, images: int, total: int) -> Protocol:
+        """The protocol for a set of some of `total` images, with the epochs of its students."""
+        epochs = epochs_for(self.budget, total, images) if self.budget else round(self.times * self.protocol.epochs)
+        return replace(self.protocol, epochs=max(1, epochs))
 
     def taught_by(self, on: matching.Setting) -> TeacherSetup:
         """What the teacher is trained with; ValueError where the scale names none."""
@@ -98,6 +110,7 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     layers = [scale, data, by_ipc, by_method, by_method.get("by_ipc", {}).get(cell.ipc, {})]
     distill = merged(_published(cell, data["dataset"]), *(x.get("distill") for x in layers), cell.distill)
     student = merged(*(x.get("student") for x in layers), cell.student)
+    length = {k: student.pop(k) for k in ("times", "budget") if k in student}
     name = cell.protocol or OWN_PROTOCOL[cell.algorithm]
     if name not in PROTOCOLS:
         raise ValueError(f"protocol {name!r} is unknown; allowed: {', '.join(PROTOCOLS)}")
@@ -105,7 +118,7 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     size = data.get("size", 0)
     network = merged(scale.get("networks"), data.get("networks")).get("ConvNet", "")  # what the sets are made with
     mix = {k: data.get("pools", {}).get(v, v) if k == "pool" else v for k, v in cell.mix.items()}
-    taught = merged(scale.get("teacher"), data.get("teacher"))
+    taught = merged(scale.get("teacher"), data.get("teacher"), scale.get("teachers", {}).get(cell.teacher))
     teacher_network = taught.pop("network", "")
     base = teachers.RECIPES[taught.pop("recipe", "cifar")]
     students_of, student_network = scale.get("transfer", {}), ""
@@ -117,7 +130,7 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     return MatchingSetup(
         data["dataset"], size, network, data["run_on"], protocol, distill | {"ipc": cell.ipc}, mix,
         scale.get("measure", {}), teacher_network, replace(base, **taught) if teacher_network else None,
-        student_network, tuple(transfer),
+        student_network, tuple(transfer), **length,
     )  # fmt: skip
 
 
@@ -165,7 +178,7 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     if algorithm in selection_stages.SELECTIONS:
         return selection_stages.images(lab, setup, on, algorithm, seed)
     method, config = ALGORITHMS[algorithm], _config(lab, setup, algorithm)
-    needs = _experts(lab, setup, on, config, seed) if method is mtt else ()
+    needs = experts(lab, setup, on, mtt.ExpertConfig.of(config), seed) if method is mtt else ()
 
     def build(work: Path) -> Product:
         arguments = [[path for part in needs for path in lab.entry(part).tensors().values()]] if needs else []
@@ -178,9 +191,10 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     return lab.stage("distill", settings, inputs, build, cost, what, *needs)
 
 
-def _experts(lab: Lab, setup: MatchingSetup, on: matching.Setting, config, seed: int) -> tuple[Stage, ...]:
-    """The expert trajectories of a set: a stage for each, or for the few that a GPU trains side by side."""
-    chosen = mtt.ExpertConfig.of(config)
+def experts(
+    lab: Lab, setup: MatchingSetup, on: matching.Setting, chosen: mtt.ExpertConfig, seed: int
+) -> tuple[Stage, ...]:
+    """Expert trajectories: a stage for each, or for the few that a GPU trains side by side."""
 
     def part(numbers: range) -> Stage:
         def build(work: Path) -> Product:
@@ -216,7 +230,10 @@ def _together(lab: Lab, numbers: Sequence[int]) -> list[Sequence[int]]:
 
 
 def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int]) -> Stage:
-    on, protocol = setting_of(lab, setup), setup.protocol
+    on = setting_of(lab, setup)
+    count = setup.distill["ipc"] * len(on.train.classes)
+    protocol = setup.trained_by(count, len(on.train))
+    looks = fitted_epochs(protocol.passes) if setup.looks else ()
     if setup.student_network:
         on = replace(on, network=setup.student_network)
     soft = protocol.labels in ("kl", "online")  # what the teacher says, whatever labels the set brings
@@ -231,14 +248,14 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int])
             teacher = None
         mix = mixing_stages.mixture(lab, setup, on, tensors) if setup.mix else None
         made_by = matching.students(
-            work, on, tensors, protocol, seeds, mix=mix, teacher=teacher, keep=bool(setup.measure)
+            work, on, tensors, protocol, seeds, mix=mix, teacher=teacher, keep=bool(setup.measure), looks=looks
         )
         return replace(made_by, meta={**made_by.meta, "label_bytes": matching.size_of(tensors)["label_bytes"]})
 
     settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": list(seeds)}
     settings |= {"mix": dict(setup.mix)} if setup.mix else {}
     settings |= {"kept": True} if setup.measure else {}
-    count = setup.distill["ipc"] * len(on.train.classes)
+    settings |= {"looks": looks} if looks else {}
     cost = len(seeds) * (3 * (protocol.epochs + 1) * count + len(on.test)) * on.flops
     inputs = (*needs, on.test.fingerprint, *mixing_stages.pool_inputs(lab, setup, on))
     what = f"{_seeds(seeds)} by {protocol.name}{', mixed' if setup.mix else ''}, {made.what}"

@@ -1,4 +1,4 @@
-"""What is measured besides clean accuracy: gains, corruptions, attacks, similarity of layers, objectives of images.
+"""What is measured besides clean accuracy: gains, corruptions, attacks, similarity of layers, objectives, scaling laws.
 
 A measurement is a stage of its own on the students of `matching_stages` that were kept, or on the images themselves;
 its result has one value a student under the name of the metric.
@@ -23,8 +23,10 @@ from common.cka import similarity
 from common.corruptions import CORRUPTIONS, PROCEDURAL, STANDARD, corrupt, load_released, released_labels
 from common.store import Product
 from common.views import normalise
+from methods import mtt
 from papers import matching_stages
-from papers.hard_truths.analyses import bn_gaps, bn_loss, dm_loss
+from papers.hard_truths.analyses import bn_gaps, bn_loss, dm_loss, tm_loss
+from papers.hard_truths.scaling import fit_scaling_law, fitted_epochs
 from papers.plan import Cell
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ __all__ = ["measured"]
 
 ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps is 8/255
 OBJECTIVES = ("BN loss", "DM loss")  # how far images are from the training set, without any student
+TRAJECTORY = "TM loss"  # the same of MTT
+LAW = ("b", "tau")  # of the scaling law
 REFERENCE_SEED = 1000  # that of no student, which would start from the same weights
 CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS, "frost accuracy": PROCEDURAL}
 
@@ -43,7 +47,11 @@ def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
     """The stages behind a number that is no accuracy on clean images; ValueError for an unknown metric."""
     if cell.metric in OBJECTIVES:
         return [_objective(lab, cell, setup)]
+    if cell.metric == TRAJECTORY:
+        return [_trajectory(lab, cell, setup)]
     train = functools.partial(matching_stages.students, lab, cell, seeds=seeds)
+    if cell.metric in LAW:
+        return [_law(lab, setup, train(replace(setup, looks=True)))]
     if cell.metric == "gain":
         pairs = zip(train(replace(setup, mix={})), train(setup), strict=True)
         return [_gain(lab, *pair) for pair in pairs]
@@ -54,7 +62,7 @@ def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
     if cell.metric == "CKA":
         reference = matching_stages.full_data(lab, replace(setup, mix={}), (REFERENCE_SEED,))
         return [_similar(lab, setup, trained, reference) for trained in train(setup)]
-    known = ("accuracy", "gain", *CORRUPTED, *OBJECTIVES, "fgsm-N accuracy", "pgd-N accuracy", "CKA")
+    known = ("accuracy", "gain", *CORRUPTED, *OBJECTIVES, TRAJECTORY, *LAW, "fgsm-N accuracy", "pgd-N accuracy", "CKA")
     raise ValueError(f"metric {cell.metric!r} is unknown; allowed: {', '.join(known)}")
 
 
@@ -194,6 +202,45 @@ def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
     cost = (0 if teacher else 5 * per_class * len(on.train.classes)) * on.flops
     needs = (made, *teacher)
     return lab.stage("objective", settings, needs, build, cost, f"{cell.metric} of {made.what}", *needs)
+
+
+def _trajectory(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
+    """MTT's loss of a set at each start epoch of an expert, as the scale's `measure: trajectory` says, and its mean."""
+    on, made = matching_stages.setting_of(lab, setup), matching_stages.images(lab, setup, cell.algorithm, 0)
+    measure = dict(setup.measure["trajectory"])
+    chosen = mtt.ExpertConfig(experts=1, epochs=measure.pop("train_epochs"))
+    (expert,) = matching_stages.experts(lab, setup, on, chosen, 0)
+
+    def build(work: Path) -> Product:
+        tensors, (trajectory,) = lab.entry(made).tensors(), lab.entry(expert).tensors().values()
+        losses = tm_loss(
+            trajectory, matching.tested_images(tensors), tensors.get("soft_labels", tensors["labels"]),
+            make_network=on.make_network, generator=rng(0, "trajectory"), device=on.device, **measure,
+        )  # fmt: skip
+        return Product({"losses": losses}, {TRAJECTORY: [float(losses.mean())], "seeds": [0]})
+
+    images = setup.distill["ipc"] * len(on.train.classes)
+    cost = len(measure["starts"]) * measure["steps"] * 3.0 * images * on.flops
+    settings, needs = {"objective": TRAJECTORY, **measure}, (made, expert)
+    return lab.stage("objective", settings, needs, build, cost, f"{TRAJECTORY} of {made.what}", *needs)
+
+
+def _law(lab: Lab, setup: MatchingSetup, trained: list[Stage]) -> Stage:
+    """The scaling law (Eqs 7 and 8 of Hard Truths) of the mean error of students over their epochs."""
+    on = matching_stages.setting_of(lab, setup)
+    count = setup.distill["ipc"] * len(on.train.classes)
+    passes = setup.trained_by(count, len(on.train)).passes
+    epochs = sorted({*fitted_epochs(passes), passes})
+
+    def build(work: Path) -> Product:
+        curves = torch.tensor([curve for stage in trained for curve in lab.entry(stage).meta["curves"]])
+        errors = (1 - curves.mean(0) / 100).tolist()
+        law = fit_scaling_law(count, errors, epochs)
+        facts = {"a": law.a, "d": law.d, "r2": law.r2, "b_range": law.b_range, "tau_range": law.tau_range}
+        made = {"errors": torch.tensor(errors), "law": torch.tensor(law.curve), "epochs": torch.tensor(epochs)}
+        return Product(made, {"b": [law.b], "tau": [law.tau], **facts, "seeds": [0]})
+
+    return lab.stage("law", {}, trained, build, 0.0, f"scaling law of {trained[0].what}", *trained)
 
 
 def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -> Stage:

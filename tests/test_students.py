@@ -184,7 +184,7 @@ def test_a_student_does_not_depend_on_its_company(name, side_by_side):
     protocol, options = replace(PROTOCOLS[name], epochs=6, batch=8), {"lr": 0.03, "soft_labels": SOFT}
     seeds = (4, 1, 7)
     alone = [train(protocol, (seed,), **options) for seed in seeds]
-    together = train(protocol, seeds, side_by_side=side_by_side, eval_every=2, **options)
+    together = train(protocol, seeds, side_by_side=side_by_side, looks=2, **options)
     assert together.losses == pytest.approx([s.losses[0] for s in alone], rel=1e-9)
     assert together.accuracies == pytest.approx([s.accuracies[0] for s in alone])
     assert len(set(together.losses)) == 3  # each has its own network, order and augmentation
@@ -271,7 +271,7 @@ def test_what_a_network_draws_depends_on_the_place():
         ({"side_by_side": 1}, "dsa-2021"),
         ({"side_by_side": 2}, "dsa-2021"),
         ({"side_by_side": 2}, "datm-2024"),
-        ({"side_by_side": 2, "eval_every": 2}, "hard-truths-soft"),
+        ({"side_by_side": 2, "looks": 2}, "hard-truths-soft"),
         ({"make_network": OWN["batch norm"]}, "dc-2021"),
         ({"make_network": OWN["dropout"]}, "mixing-2025"),
         ({"side_by_side": 2, "keep": True, "mix": lambda seed, epoch: noisy(seed, epoch)}, "mixing-2025"),
@@ -385,14 +385,23 @@ def test_students_learn_and_bytes_are_prepared():
     make = maker(dtype=torch.float32)
     found = train_students(
         prepare(pixels[0]), SET[1], pixels[1], TEST[1], make_network=make, protocol=protocol, seeds=(0, 1),
-        prepare=prepare, eval_every=5,
+        prepare=prepare, looks=5,
     )  # fmt: skip
     assert min(found.accuracies) > 70
     assert len(found.best) == 2 and found.seconds > 0
+    assert [len(c) for c in found.curves] == [4, 4] and [c[-1] for c in found.curves] == found.accuracies
     same = train_students(
         prepare(pixels[0]), SET[1], prepare(pixels[1]), TEST[1], make_network=make, protocol=protocol, seeds=(0, 1)
     )
     assert same.accuracies == found.accuracies and same.best == []
+
+
+def test_looks_may_be_named_and_change_nothing():
+    protocol = replace(PROTOCOLS["dc-2021"], epochs=6)
+    plain, looked = train(protocol, (0,)), train(protocol, (0,), looks=(1, 2, 5))
+    assert looked.losses == plain.losses and looked.accuracies == plain.accuracies
+    assert len(looked.curves[0]) == 4 and looked.curves[0][-1] == plain.accuracies[0]
+    assert looked.curves[0][1] == train(protocol, (0,), looks=2).curves[0][0]
 
 
 def test_bf16_stays_close():
@@ -449,6 +458,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_student_and_the_pass(side_by_s
         ("dc-2021", {"teacher": lambda x: x}, "labels='hard'; a teacher goes with labels='online' alone"),
         ("dc-2021", {"seeds": ()}, "seeds are empty"),
         ("dc-2021", {"side_by_side": -1}, "side_by_side=-1"),
+        ("dc-2021", {"looks": -1}, "looks=-1"),
+        ("dc-2021", {"looks": (0, 2)}, r"looks=\(0, 2\)"),
     ],
 )
 def test_what_does_not_fit_is_named(protocol, options, words):

@@ -22,9 +22,13 @@ from papers.matching_stages import setting_of, teacher_logits
 if TYPE_CHECKING:
     from papers.runner import Run
 
-__all__ = ["correlations", "figure3", "figure_regimes", "figure_scores", "figure_selectors", "figure_sets"]
+__all__ = [
+    "convergence", "correlations", "figure1", "figure3", "figure4", "figure5", "figure_regimes", "figure_scaling",
+    "figure_scores", "figure_selectors", "figure_sets",
+]  # fmt: skip
 
 REGIMES = ("HL", "SL", "SL+KD")
+MADE = ("CA2D", "DM")  # images that no camera took
 SHOWN = {"Random": "random real"}
 
 
@@ -86,6 +90,123 @@ def figure_selectors(run: Run) -> Figure | None:
     text = (
         "Sets of each kind under hard labels, best first; dashed: random real images."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure1(run: Run) -> Figure | None:
+    """Accuracy of students of a teacher over the passes that they have steps for, one panel a teacher."""
+    data = drawing.values(run, "figure1")
+    if data is None:
+        return None
+    data["passes"] = [settings["budget"] for settings in data["settings"]]
+    data["set"] = data["method"].replace(SHOWN) + ", IPC " + data["ipc"].astype(int).astype(str)
+    data["teacher"] = data["setting"].str.split(",").str[0]
+    sets, shown = list(dict.fromkeys(data["set"])), list(dict.fromkeys(data["teacher"]))
+    palette = dict(zip(sets, sns.color_palette("husl", len(sets)), strict=True))
+    figure, axes = drawing.axes_of(3.2 * len(shown) + 1.8, 3.4, 1, len(shown), sharey=True)
+    for ax, name in zip(axes[0], shown, strict=True):
+        own = data[data["teacher"] == name]
+        drawing.lines(own, ax, x="passes", hue="set", hue_order=sets, palette=palette)
+        right = sorted(set(own["teacher_accuracy"].dropna()))
+        ax.set(xscale="log", title=f"{name}, {' and '.join(f'{a:.1f} %' for a in right)}")
+        ax.set(xlabel="steps of a student (passes over the training set)")
+        ax.set_xticks(sorted(set(own["passes"])), [f"{x:g}" for x in sorted(set(own["passes"]))])
+        ax.minorticks_off()
+        ax.get_legend().remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    text = (
+        "Students that learn what a teacher says of each view (SL+KD): do sets of other images and sizes end alike once"
+        f" their students have the same steps? {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure4(run: Run) -> Figure | None:
+    """MTT's loss of each set over the epoch of an expert that its student starts from, one panel an IPC."""
+    cells = [p for p in run.planned if p.cell.table == "figure4" and drawing.entry(run, p, "objective")]
+    if not cells:
+        return None
+    ipcs = sorted({p.cell.ipc for p in cells})
+    figure, axes = drawing.axes_of(3.4 * len(ipcs) + 1.6, 3.2, 1, len(ipcs), sharey=True)
+    for ax, ipc in zip(axes[0], ipcs, strict=True):
+        for planned in (p for p in cells if p.cell.ipc == ipc):
+            made = drawing.entry(run, planned, "objective")
+            starts, losses = made.meta["settings"]["starts"], made.tensors()["losses"]
+            ax.plot(starts, losses, marker="o", label=SHOWN.get(planned.cell.method, planned.cell.method))
+        ax.set(xlabel="start epoch of the expert", title=f"IPC {ipc}")
+    axes[0, 0].set_ylabel("TM loss (no unit)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    steps = cells[0].setup.measure["trajectory"]
+    text = (
+        f"How far a student ends from an expert {steps['epochs']} epochs on, after {steps['steps']} steps on each set,"
+        " by the epoch of the expert that it starts from; 1 is where it started. One expert, full batches, no"
+        f" augmentation, step size {steps['lr']:g}. Run on {cells[0].setup.run_on}."
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def convergence(run: Run) -> pd.DataFrame | None:
+    """Results of figure 5, one row a student, with the epochs it was trained for."""
+    data = drawing.values(run, "figure5")
+    if data is not None:
+        data["epochs"] = [round(s["times"] * s["protocol"]["epochs"]) for s in data["settings"]]
+        data["error"] = 100 - data["accuracy"]
+    return data
+
+
+def figure5(run: Run) -> Figure | None:
+    """Error of students under hard labels over their epochs, a complete schedule each, one panel an IPC."""
+    data = convergence(run)
+    if data is None:
+        return None
+    data = data.assign(
+        method=data["method"].replace(SHOWN),
+        images=["made" if method in MADE else "real" for method in data["method"]],
+    )
+    ipcs, methods = sorted(set(data["ipc"])), list(dict.fromkeys(data["method"]))
+    figure, axes = drawing.axes_of(3.4 * len(ipcs) + 1.8, 3.4, 1, len(ipcs), sharey=True)
+    for ax, ipc in zip(axes[0], ipcs, strict=True):
+        sns.lineplot(
+            data[data["ipc"] == ipc], x="epochs", y="error", hue="method", hue_order=methods, style="images",
+            style_order=["made", "real"], errorbar="sd", err_style="bars", err_kws={"capsize": 3}, markers=True, ax=ax,
+        )  # fmt: skip
+        ticks = sorted(set(data["epochs"]))
+        ax.set(xscale="log", xlabel="epochs of a student (log scale)", title=f"IPC {int(ipc)}")
+        ax.set_ylabel("top-1 error, hard labels (%)")
+        ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.minorticks_off()
+        ax.get_legend().remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    text = (
+        "The same sets, students that train for longer: real images (dashed) are used up earlier than made ones if"
+        f" their lines turn flat earlier. {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run)
+
+
+def figure_scaling(run: Run) -> Figure | None:
+    """Mean error of students after each pass, and the scaling law fitted to it, one panel a label regime."""
+    cells = [p for p in run.planned if p.cell.table == "scaling" and p.cell.metric == "b"]
+    found = [(p, made) for p in cells if (made := drawing.entry(run, p, "law")) is not None]
+    if not found:
+        return None
+    regimes = [regime for regime in REGIMES if any(p.cell.setting == regime for p, _ in found)]
+    figure, axes = drawing.axes_of(3.6 * len(regimes) + 2.0, 3.4, 1, len(regimes), sharey=True)
+    for ax, regime in zip(axes[0], regimes, strict=True):
+        for color, (planned, made) in enumerate((p, made) for p, made in found if p.cell.setting == regime):
+            tensors, meta = made.tensors(), made.meta
+            name = f"{SHOWN.get(planned.cell.method, planned.cell.method)}, IPC {planned.cell.ipc}"
+            label = f"{name}: b {meta['b'][0]:.2f}, tau {meta['tau'][0]:.1f}"
+            ax.plot(tensors["epochs"], 100 * tensors["errors"], "o", color=f"C{color}", markersize=3)
+            ax.plot(tensors["epochs"], 100 * tensors["law"], color=f"C{color}", label=label)
+        ax.set(xscale="log", xlabel="passes over the set (log scale)", title=regime)
+        ax.legend(frameon=False, fontsize=7)
+    axes[0, 0].set_ylabel("top-1 error (%)")
+    text = (
+        "Mean error of students after their passes (points), and Eqs 7 and 8 fitted to it (lines): y = a n^b prod_j"
+        " (n_j / n_{j-1})^(b_j) + d, where b_j = b 2^(-(j-1)/tau). A lower b is a more useful set, a larger tau one"
+        f" that is used up more slowly. Run on {found[0][0].setup.run_on}."
     )
     return drawing.captioned(figure, text, run)
 
