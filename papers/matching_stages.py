@@ -58,7 +58,7 @@ class MatchingSetup:
     student_network: str = ""  # empty: that of the set
     transfer: tuple[str, ...] = ()  # students whose mean accuracy is the number
     times: float = 1.0  # students train that many times as long as the protocol says
-    budget: float = 0.0  # or for as many steps as so many passes over the training set have
+    budget: float = 0.0  # or for as many views as so many passes over the training set have
     looks: bool = False  # students are also tested on the way, at the epochs that the scaling law is fitted to
 
     @property

@@ -106,7 +106,7 @@ def _blocks(rows: Sequence[Row], layout: Mapping) -> list[Block]:
     if all(row["status"] == "not comparable" for row in ours):
         title += ", not comparable with the printed numbers"
     seeds = " or ".join(str(count) for count in sorted({row["seeds"] for row in ours}))
-    remark = f"Mean ± standard deviation over {seeds} seed{'s' * (seeds != '1')}."
+    remark = f"Mean ± standard deviation over {seeds} seeds." if seeds != "1" else "One value each."
     blocks.append(_block(rows, layout, "ours", f"{title})", [remark]))
     return [block for block in blocks if block.texts]
 
@@ -119,7 +119,8 @@ def _block(rows: Sequence[Row], layout: Mapping, field: str, title: str, remarks
         place = _label(row, layout["rows"]), _column(row, layout["columns"])
         if place in texts:
             raise ValueError(f"the layout of {row['table']} puts two numbers at {place[0]}, {' '.join(place[1])}")
-        texts[place] = _number(row[field], row[f"{field}_std"], _decimals(rows, row["metric"]))
+        std = None if field == "ours" and row["seeds"] == 1 else row[f"{field}_std"]
+        texts[place] = _number(row[field], std, _decimals(rows, row["metric"]))
     used = {column for _, column in texts}
     columns = [column for column in _columns(rows, layout["columns"]) if column in used]
     corner = ", ".join(layout["rows"])
@@ -170,9 +171,11 @@ def _statuses(rows: Sequence[Row], layout: Mapping) -> list[str]:
 
 
 def _decimals(rows: Sequence[Row], metric: str) -> int:
-    """As many decimals as the paper prints for this metric in this table."""
-    printed = [row["reported"] for row in rows if row["metric"] == metric and row["reported"] is not None]
-    return max((-Decimal(repr(value)).as_tuple().exponent for value in printed), default=1)
+    """As many decimals as the paper prints for this metric in this table; else three for losses below 1."""
+    own = [row for row in rows if row["metric"] == metric]
+    printed = [row["reported"] for row in own if row["reported"] is not None]
+    small = metric != "accuracy" and all(abs(row["ours"]) <= 1 for row in own if row["ours"] is not None)
+    return max((-Decimal(repr(value)).as_tuple().exponent for value in printed), default=3 if small else 1)
 
 
 def _number(value: float, std: float | None, decimals: int) -> str:

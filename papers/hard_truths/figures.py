@@ -95,7 +95,7 @@ def figure_selectors(run: Run) -> Figure | None:
 
 
 def figure1(run: Run) -> Figure | None:
-    """Accuracy of students of a teacher over the passes that they have steps for, one panel a teacher."""
+    """Accuracy of students of a teacher over the views they may see, in training sets, one panel a teacher."""
     data = drawing.values(run, "figure1")
     if data is None:
         return None
@@ -110,14 +110,15 @@ def figure1(run: Run) -> Figure | None:
         drawing.lines(own, ax, x="passes", hue="set", hue_order=sets, palette=palette)
         right = sorted(set(own["teacher_accuracy"].dropna()))
         ax.set(xscale="log", title=f"{name}, {' and '.join(f'{a:.1f} %' for a in right)}")
-        ax.set(xlabel="steps of a student (passes over the training set)")
+        ax.set(xlabel="budget (passes over the training set)")
         ax.set_xticks(sorted(set(own["passes"])), [f"{x:g}" for x in sorted(set(own["passes"]))])
         ax.minorticks_off()
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     text = (
         "Students that learn what a teacher says of each view (SL+KD): do sets of other images and sizes end alike once"
-        f" their students have the same steps? {drawing.where(data)} {drawing.error_bars(data)}"
+        " their students see as many views? The budget counts views in training sets; a smaller set is seen more often."
+        f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run)
 
@@ -135,6 +136,7 @@ def figure4(run: Run) -> Figure | None:
             starts, losses = made.meta["settings"]["starts"], made.tensors()["losses"]
             ax.plot(starts, losses, marker="o", label=SHOWN.get(planned.cell.method, planned.cell.method))
         ax.set(xlabel="start epoch of the expert", title=f"IPC {ipc}")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("TM loss (no unit)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     steps = cells[0].setup.measure["trajectory"]

@@ -115,14 +115,15 @@ def figure_leaderboard(run: Run) -> Figure | None:
     data = drawing.values(run, "leaderboard")
     if data is None or not len(data := data[data["ipc"].notna()]):
         return None
-    ipcs = sorted(set(data["ipc"]))
+    ipcs, shown = sorted(set(data["ipc"])), [s for s in SETTINGS if s in set(data["setting"])]
+    palette = dict(zip(SETTINGS, sns.color_palette("colorblind"), strict=False))
     figure, axes = drawing.axes_of(4.4 * len(ipcs) + 1.2, 3.4, 1, len(ipcs), sharey=True)
     for ax, ipc in zip(axes[0], ipcs, strict=True):
         own = data[data["ipc"] == ipc]
         order = own[own["setting"] == "HL"].groupby("method")["accuracy"].mean().sort_values(ascending=False).index
         sns.barplot(
-            own, x="method", y="accuracy", order=order, hue="setting", hue_order=SETTINGS, errorbar="sd",
-            palette="colorblind", capsize=0.15, err_kws={"linewidth": 1}, ax=ax,
+            own, x="method", y="accuracy", order=order, hue="setting", hue_order=shown, errorbar="sd",
+            palette=palette, capsize=0.15, err_kws={"linewidth": 1}, ax=ax,
         )  # fmt: skip
         ax.set(xlabel="", ylabel="top-1 accuracy (%)", title=f"IPC {int(ipc)}")
         ax.tick_params(axis="x", rotation=40, labelsize=7)
