@@ -52,7 +52,7 @@ class MatchingSetup:
     protocol: Protocol
     distill: Mapping  # fields of the method's Config: published ones, then those of the scale
     mix: Mapping = field(default_factory=dict)  # natural mixing while students train
-    measure: Mapping = field(default_factory=dict)  # what is measured on the students, which are then kept
+    measure: Mapping = field(default_factory=dict)  # what is measured on students or images, and how
     teacher_network: str = ""  # whose logits are the labels of protocols that want soft ones, and who scores crops
     teacher: Recipe | None = None
     student_network: str = ""  # empty: that of the set
@@ -65,6 +65,11 @@ class MatchingSetup:
     def sets(self) -> tuple[str, ...]:
         """The data sets it needs."""
         return (self.dataset, self.mix.get("pool", ""))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the networks of its students are wanted: not where images alone are measured."""
+        return bool(self.measure.keys() - {"per_class", "trajectory"})
 
     def facts(self) -> dict:
         """The settings part of a result file."""
@@ -248,13 +253,13 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int])
             teacher = None
         mix = mixing_stages.mixture(lab, setup, on, tensors) if setup.mix else None
         made_by = matching.students(
-            work, on, tensors, protocol, seeds, mix=mix, teacher=teacher, keep=bool(setup.measure), looks=looks
+            work, on, tensors, protocol, seeds, mix=mix, teacher=teacher, keep=setup.keeps, looks=looks
         )
         return replace(made_by, meta={**made_by.meta, "label_bytes": matching.size_of(tensors)["label_bytes"]})
 
     settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": list(seeds)}
     settings |= {"mix": dict(setup.mix)} if setup.mix else {}
-    settings |= {"kept": True} if setup.measure else {}
+    settings |= {"kept": True} if setup.keeps else {}
     settings |= {"looks": looks} if looks else {}
     cost = len(seeds) * (3 * (protocol.epochs + 1) * count + len(on.test)) * on.flops
     inputs = (*needs, on.test.fingerprint, *mixing_stages.pool_inputs(lab, setup, on))
