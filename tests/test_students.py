@@ -389,7 +389,7 @@ def test_students_learn_and_bytes_are_prepared():
     )  # fmt: skip
     assert min(found.accuracies) > 70
     assert len(found.best) == 2 and found.seconds > 0
-    assert [len(c) for c in found.curves] == [4, 4] and [c[-1] for c in found.curves] == found.accuracies
+    assert [len(c) for c in found.curves] == [5, 5] and [c[-1] for c in found.curves] == found.accuracies  # 21 passes
     same = train_students(
         prepare(pixels[0]), SET[1], prepare(pixels[1]), TEST[1], make_network=make, protocol=protocol, seeds=(0, 1)
     )
