@@ -50,6 +50,7 @@ def fit(
     *,
     size: int,
     seed: int,
+    masks: int | None = None,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     soft: Labels | None = None,
@@ -63,7 +64,8 @@ def fit(
     """Train `net` on `data` by `recipe` and return it after the last epoch.
 
     soft: the teacher's labels where recipe.labels is "soft"; loss: what is made of them in place of `kd_loss`; weights:
-    [M] sample weights of `kd_loss` or None.  history: a list that receives [epoch, mean loss, what on_epoch returned].
+    [M] sample weights of `kd_loss` or None.  masks: seed of dropout, `seed` by default.  history: a list that receives
+    [epoch, mean loss, what on_epoch returned].
     With a checkpoint a killed run continues bit for bit, its history too.  Raises FloatingPointError when the loss is
     not finite, naming the step; the last good state stays in the checkpoint.
 
@@ -100,8 +102,8 @@ def fit(
         images = normalise(view.pixels[own].to(device), data.mean, data.std)
         y = labels[view.indices.to(device)]
         y, partner = y[own], y[view.permutation.to(device)][own]
-        masks = rng(seed, "network", view.step, distributed.rank())  # of dropout
-        with seeded(torch.device(device), masks), autocast(device, dtype):
+        drops = rng(seed if masks is None else masks, "network", view.step, distributed.rank())
+        with seeded(torch.device(device), drops), autocast(device, dtype):
             logits = model(images)
         if soft is None:
             value = hard_loss(logits, y, partner, view.share)

@@ -68,14 +68,15 @@ class MatchingSetup:
 
     @property
     def keeps(self) -> bool:
-        """Whether the networks of its students are wanted: not where images alone are measured."""
+        """Whether the networks of its students are kept, which is part of their name in the store."""
         return bool(self.measure.keys() - {"per_class", "trajectory"})
 
-    def facts(self) -> dict:
-        """The settings part of a result file."""
+    def facts(self, images: int = 0, total: int = 0) -> dict:
+        """The settings part of a result file, for students of some of `total` images."""
         return {
             "size": self.size, "network": self.network, "distill": dict(self.distill),
-            "protocol": asdict(self.protocol), "mix": dict(self.mix), "measure": dict(self.measure),
+            "protocol": asdict(self.trained_by(images, total) if total else self.protocol), "mix": dict(self.mix),
+            "measure": dict(self.measure),
             "teacher_network": self.teacher_network, "teacher": self.teacher and asdict(self.teacher),
             "student_network": self.student_network or self.network, "transfer": list(self.transfer),
             "times": self.times, "budget": self.budget,
@@ -123,7 +124,10 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     size = data.get("size", 0)
     network = merged(scale.get("networks"), data.get("networks")).get("ConvNet", "")  # what the sets are made with
     mix = {k: data.get("pools", {}).get(v, v) if k == "pool" else v for k, v in cell.mix.items()}
-    taught = merged(scale.get("teacher"), data.get("teacher"), scale.get("teachers", {}).get(cell.teacher))
+    others = scale.get("teachers", {})
+    if cell.teacher and cell.teacher not in others:
+        raise ValueError(f"teacher {cell.teacher!r} is unknown at this scale; allowed: {', '.join(others) or 'none'}")
+    taught = merged(scale.get("teacher"), data.get("teacher"), others.get(cell.teacher))
     teacher_network = taught.pop("network", "")
     base = teachers.RECIPES[taught.pop("recipe", "cifar")]
     students_of, student_network = scale.get("transfer", {}), ""
@@ -261,7 +265,8 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int])
     settings |= {"mix": dict(setup.mix)} if setup.mix else {}
     settings |= {"kept": True} if setup.keeps else {}
     settings |= {"looks": looks} if looks else {}
-    cost = len(seeds) * (3 * (protocol.epochs + 1) * count + len(on.test)) * on.flops
+    views, tests = protocol.passes * count, (1 + len(looks)) * len(on.test)
+    cost = len(seeds) * ((4 if protocol.labels == "online" else 3) * views + tests) * on.flops
     inputs = (*needs, on.test.fingerprint, *mixing_stages.pool_inputs(lab, setup, on))
     what = f"{_seeds(seeds)} by {protocol.name}{', mixed' if setup.mix else ''}, {made.what}"
     return lab.stage("students", settings, inputs, build, cost, what, *needs)

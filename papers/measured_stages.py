@@ -39,6 +39,7 @@ ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps 
 OBJECTIVES = ("BN loss", "DM loss")  # how far images are from the training set, without any student
 TRAJECTORY = "TM loss"  # the same of MTT
 LAW = ("b", "tau")  # of the scaling law
+GRID = "paper"  # where they are looked for
 REFERENCE_SEED = 1000  # that of no student, which would start from the same weights
 CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS, "frost accuracy": PROCEDURAL}
 
@@ -206,15 +207,19 @@ def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
 
 def _trajectory(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
     """MTT's loss of a set at each start epoch of an expert, as the scale's `measure: trajectory` says, and its mean."""
-    on, made = matching_stages.setting_of(lab, setup), matching_stages.images(lab, setup, cell.algorithm, 0)
-    measure = dict(setup.measure["trajectory"])
+    own, made = matching_stages.setting_of(lab, setup), matching_stages.images(lab, setup, cell.algorithm, 0)
+    plain = replace(setup, distill={**setup.distill, "zca": False})  # one expert for all sets, also whitened ones
+    on, measure = matching_stages.setting_of(lab, plain), dict(setup.measure["trajectory"])
     chosen = mtt.ExpertConfig(experts=1, epochs=measure.pop("train_epochs"))
-    (expert,) = matching_stages.experts(lab, setup, on, chosen, 0)
+    (expert,) = matching_stages.experts(lab, plain, on, chosen, 0)
 
     def build(work: Path) -> Product:
         tensors, (trajectory,) = lab.entry(made).tensors(), lab.entry(expert).tensors().values()
+        images = matching.tested_images(tensors)
+        if own is not on:
+            images = on.inputs(own.pixels(images.to(on.device)))
         losses = tm_loss(
-            trajectory, matching.tested_images(tensors), tensors.get("soft_labels", tensors["labels"]),
+            trajectory, images, tensors.get("soft_labels", tensors["labels"]),
             make_network=on.make_network, generator=rng(0, "trajectory"), device=on.device, **measure,
         )  # fmt: skip
         return Product({"losses": losses}, {TRAJECTORY: [float(losses.mean())], "seeds": [0]})
@@ -235,12 +240,13 @@ def _law(lab: Lab, setup: MatchingSetup, trained: list[Stage]) -> Stage:
     def build(work: Path) -> Product:
         curves = torch.tensor([curve for stage in trained for curve in lab.entry(stage).meta["curves"]])
         errors = (1 - curves.mean(0) / 100).tolist()
-        law = fit_scaling_law(count, errors, epochs)
+        law = fit_scaling_law(count, errors, epochs, GRID)
         facts = {"a": law.a, "d": law.d, "r2": law.r2, "b_range": law.b_range, "tau_range": law.tau_range}
         made = {"errors": torch.tensor(errors), "law": torch.tensor(law.curve), "epochs": torch.tensor(epochs)}
         return Product(made, {"b": [law.b], "tau": [law.tau], **facts, "seeds": [0]})
 
-    return lab.stage("law", {}, trained, build, 0.0, f"scaling law of {trained[0].what}", *trained)
+    settings = {"images": count, "epochs": epochs, "grid": GRID}
+    return lab.stage("law", settings, trained, build, 0.0, f"scaling law of {len(trained)} students", *trained)
 
 
 def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -> Stage:

@@ -43,7 +43,9 @@ class Cell:
     student: Mapping = field(default_factory=dict)
     protocol: str = ""  # how the students of a matching method are trained; empty: by its own
     mix: Mapping = field(default_factory=dict)  # fields of methods/natural_mixing.py, and `pool`
-    teacher: str = ""  # architecture that the images were made with, where it is not the scale's or the student's
+    # Architecture that the images were made with, where it is not the scale's or the student's; for students of the
+    # matching protocols, the name of another teacher among the scale's `teachers`.
+    teacher: str = ""
 
     @property
     def id(self) -> str:

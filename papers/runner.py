@@ -312,7 +312,7 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
         "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
         "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else 0.0,
         "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": lab.run_on(p.setup),
-        "settings": {**p.setup.facts(), "algorithm": p.cell.algorithm, "precision": lab.precision},
+        "settings": {**lab.facts(p.setup), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),
         "bytes": {"images": made["bytes"], "labels": label_bytes},
         **stages[-1]["made"], "finished": stages[-1]["finished"], "stages": stages,

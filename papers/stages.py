@@ -197,8 +197,8 @@ class Lab:
             net = networks.make(network, classes=len(data.classes), size=setup.size, generator=rng(seed, "student"))
             net = fit(
                 net, data, recipe, size=setup.size, seed=STREAM_SEED if soft and setup.labels != "online" else seed,
-                device=self.device, dtype=self.dtype, soft=source, loss=loss, weights=weights if soft else None,
-                checkpoint=Checkpoint(work / "state.safetensors"), history=history,
+                masks=seed, device=self.device, dtype=self.dtype, soft=source, loss=loss,
+                weights=weights if soft else None, checkpoint=Checkpoint(work / "state.safetensors"), history=history,
                 on_epoch=lambda epoch, net: top1(net) if epoch in tested else None, description=f"student {network}",
             )  # fmt: skip
             meta = {"accuracies": [top1(net)], "seeds": [seed]}
@@ -225,6 +225,13 @@ class Lab:
         train = matching_stages.setting_of(self, setup).train if matching else self.data(setup.dataset, "train")
         lossy = setup.dataset in ("cifar10", "cifar100", "svhn") and "JPEG files" in train.note
         return f"{setup.run_on} kept as JPEG files" if lossy else setup.run_on
+
+    def facts(self, setup: Setup | MatchingSetup) -> dict:
+        """The settings part of a result file; epochs are those that students were trained for."""
+        if not isinstance(setup, MatchingSetup) or setup.distill["ipc"] is None:
+            return setup.facts()
+        train = matching_stages.setting_of(self, setup).train
+        return setup.facts(setup.distill["ipc"] * len(train.classes), len(train))
 
     def students(self, cell: Cell, setup: Setup | MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
         """The last stages of a cell: their results hold one accuracy for each seed."""

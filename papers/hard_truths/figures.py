@@ -117,7 +117,8 @@ def figure1(run: Run) -> Figure | None:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     text = (
         "Students that learn what a teacher says of each view (SL+KD): do sets of other images and sizes end alike once"
-        " their students see as many views? The budget counts views in training sets; a smaller set is seen more often."
+        " their students see as many views? The budget counts views in training sets; a smaller set is seen more often,"
+        " and where it is smaller than a batch its students take more steps."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run)
@@ -129,16 +130,18 @@ def figure4(run: Run) -> Figure | None:
     if not cells:
         return None
     ipcs = sorted({p.cell.ipc for p in cells})
+    colors = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(p.cell.method for p in cells))}
     figure, axes = drawing.axes_of(3.4 * len(ipcs) + 1.6, 3.2, 1, len(ipcs), sharey=True)
+    drawn = {}
     for ax, ipc in zip(axes[0], ipcs, strict=True):
         for planned in (p for p in cells if p.cell.ipc == ipc):
-            made = drawing.entry(run, planned, "objective")
+            made, name = drawing.entry(run, planned, "objective"), planned.cell.method
             starts, losses = made.meta["settings"]["starts"], made.tensors()["losses"]
-            ax.plot(starts, losses, marker="o", label=SHOWN.get(planned.cell.method, planned.cell.method))
+            (drawn[name],) = ax.plot(starts, losses, marker="o", color=colors[name], label=SHOWN.get(name, name))
         ax.set(xlabel="start epoch of the expert", title=f"IPC {ipc}")
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("TM loss (no unit)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles=list(drawn.values()), loc="outside right upper", frameon=False, fontsize=8)
     steps = cells[0].setup.measure["trajectory"]
     text = (
         f"How far a student ends from an expert {steps['epochs']} epochs on, after {steps['steps']} steps on each set,"
@@ -152,7 +155,7 @@ def convergence(run: Run) -> pd.DataFrame | None:
     """Results of figure 5, one row a student, with the epochs it was trained for."""
     data = drawing.values(run, "figure5")
     if data is not None:
-        data["epochs"] = [round(s["times"] * s["protocol"]["epochs"]) for s in data["settings"]]
+        data["epochs"] = [settings["protocol"]["epochs"] for settings in data["settings"]]
         data["error"] = 100 - data["accuracy"]
     return data
 

@@ -13,8 +13,7 @@ PARTS = (
     ("tests.faults.single",),
     ("tests.faults.campaign", "kills=100", "dense=45", "minutes=90"),
     ("tests.faults.campaign", TWO_CELLS, "kills=100", "dense=2", "minutes=20"),
-    ("tests.faults.ray_campaign", "apart=0"),
-    ("tests.faults.ray_campaign", "kills=0", "nodes=0", "drivers=0", "apart=5"),
+    ("tests.faults.ray_campaign",),
 )
 
 

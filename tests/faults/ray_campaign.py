@@ -297,16 +297,24 @@ ROWS = {
 }  # fmt: skip
 
 
+KINDS = {
+    "worker": f"Worker: a process that was executing a stage, {OWN}; the run went on",
+    "node": "Node: one that was executing a stage, of a cluster of three raylets on one machine, not the head: the"
+    " raylet alone or all its processes at once; another one joined, and the run went on",
+    "driver": "Driver: the run with the Ray that it had started; it was started again until it finished",
+    "node, stores apart": f"Stores apart: a node of such a cluster, the raylet alone or all its processes, with {APART}"
+    " and a store of its own, lost with it; another one joined, and the run went on",
+}
+
+
 def section(options: Options, counts: dict[str, Counter], reference: Run, length: float) -> dict:
     """What the page says of a campaign."""
+    kinds = " ".join(f"{words}, after up to {length if name == 'driver' else 2 * length / options.dense:.1f} s."
+                     for name, words in KINDS.items() if name in counts)  # fmt: skip
     how = f"""A run of {len(reference.results)} cells of paper={options.paper} at scale=smoke with engine=ray
 ({length:.1f} s undisturbed, most of it until Ray and its workers are there) was disturbed by SIGKILL, each round in an
-empty store, and compared with a run of engine=local. Worker: a process that was executing a stage, {OWN}. Node: one
-that was executing a stage, of a cluster of three raylets on one machine, not the head: the raylet alone or all its
-processes at once; another one joined. Stores apart: the same with {APART}, each node with a store of its own, lost with
-it. These kills came after random times of up to {2 * length / options.dense:.1f} s, and the run went on. Driver: killed
-after up to {length:.1f} s with the Ray that it had started, and started again until it finished. Half-done work was
-kept every {options.steps} steps; figures were left out."""
+empty store, and compared with a run of engine=local. {kinds} The times are random. Half-done work was kept every
+{options.steps} steps; figures were left out."""
     return {
         "title": title_of(counts), "command": reliability.command("tests.faults.ray_campaign", options),
         "how": " ".join(how.split()),
@@ -317,8 +325,8 @@ kept every {options.steps} steps; figures were left out."""
 
 
 def title_of(counts: dict[str, Counter]) -> str:
-    """Of a campaign with one kind of fault, the kind too: it is kept beside that of all."""
-    return f"Ray: {next(iter(counts))}" if len(counts) == 1 else "Ray"
+    """Of a campaign without some kinds of faults, its kinds too: it is kept beside that of all."""
+    return "Ray" if len(counts) == len(KINDS) else f"Ray: {', '.join(counts)}"
 
 
 def main(argv: list[str]) -> None:

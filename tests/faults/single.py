@@ -40,7 +40,7 @@ class Outcomes:
     def pytest_runtest_logreport(self, report) -> None:
         if report.when != "call" and report.passed:
             return
-        file, name = report.nodeid.rsplit("/", 1)[-1].split("[")[0].split("::")
+        file, name = Path(report.nodeid.split("[")[0]).name.split("::")
         words = name.removeprefix("test_").replace("_", " ")
         self.counts.setdefault(f"{FILES[file]}: {words}", Counter())[report.outcome] += 1
 
@@ -50,8 +50,11 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, prog="python -m tests.faults.single", description=__doc__.split("\n")[0])
     torch.set_num_threads(1)
     begun, found = time.monotonic(), Outcomes()
-    pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *(str(FOLDER / file) for file in FILES)], plugins=[found])
-    columns = {"met as it should be": "passed", "not": "failed", "not tried here": "skipped"}
+    tests = [str(FOLDER / file) for file in FILES]
+    status = pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *tests], plugins=[found])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"the tests of faults did not run to their end: pytest says {status!r}")
+    columns = {"met as it should be": "passed", "not met": "failed", "not tried here": "skipped"}
     section = {
         "title": "Single faults", "command": "python -m tests.faults.single",
         "how": "Each fault is a test, named in the row. A bad input (arguments, YAML, folders, images, archives, files"
