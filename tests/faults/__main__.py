@@ -1,4 +1,4 @@
-"""The whole fault campaign, part after part: python -m tests.faults.  Two to three hours on two processors.
+"""The whole fault campaign, part after part: python -m tests.faults.  It takes hours.
 
 Each part writes its section of tables/reliability.md; one that fails is said, and the others go on.
 """
