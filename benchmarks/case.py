@@ -23,6 +23,7 @@ class Case:
     """What an iteration is, the plain form of it, ours by name, and the arithmetic behind it."""
 
     what: str
-    plain: Loop
+    plain: Loop | None  # None: it does not fit into the memory of a common machine, and is not tried
     forms: dict[str, Form]
     flops: Callable[[], float] | None = None  # of one iteration
+    one_at_a_time: bool = False  # the forms together do not fit: a process ends before the next one starts

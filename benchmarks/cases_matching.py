@@ -195,11 +195,12 @@ def _needs_bf16(form: dict) -> bool:
     return form.get("precision", "fp32") != "fp32"
 
 
-def _trajectory(ipc: int, steps: int, what: str) -> Case:
+def _trajectory(ipc: int, steps: int, what: str, **options) -> Case:
     settings = {"ipc": ipc, "student_steps": steps}
     forms = {form: Form(functools.partial(trajectory, settings, f), _needs_bf16(f)) for form, f in FORMS.items()}
     count = steps * ipc * CLASSES
-    return Case(what, functools.partial(plain_trajectory, ipc, steps), forms, flops=lambda: 9 * count * FORWARD)
+    plain = functools.partial(plain_trajectory, ipc, steps)
+    return Case(what, **{"plain": plain, "forms": forms, "flops": lambda: 9 * count * FORWARD, **options})
 
 
 CASES = {
@@ -209,7 +210,10 @@ CASES = {
     "dc1": _matching(dc, 1, "DC, one outer step at IPC 1"),
     "dsa10": _matching(dsa, 10, "DSA, one outer step at IPC 10"),
     "mtt1": _trajectory(1, 50, "MTT, one iteration at IPC 1, 50 student steps"),
-    "mtt10": _trajectory(10, 30, "MTT, one iteration at IPC 10, 30 student steps"),
+    "mtt10": _trajectory(10, 30, "MTT, one iteration at IPC 10, 30 student steps", one_at_a_time=True),
+    "datm10": _trajectory(  # a graph of 80 steps is about 30 GiB
+        10, 80, "DATM, one iteration at IPC 10, 80 student steps", plain=None, one_at_a_time=True
+    ),
     "expert": Case(
         "one epoch of an expert on 2,560 images (a twentieth of CIFAR-10)", plain_expert,
         {form: Form(functools.partial(expert, f), _needs_bf16(f)) for form, f in FORMS.items() if "mixed" not in form},

@@ -17,6 +17,7 @@ import statistics as stats
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,39 +79,82 @@ def serve(case: str, form: str, device: torch.device) -> None:
 # ---------------------------------------------------------------- the driver
 
 
+class Worker:
+    """The process of one form."""
+
+    def __init__(self, case: str, form: str, device: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR} | (ALLOCATOR if form != PLAIN else {})
+        command = [sys.executable, __file__, f"worker={case}/{form}", f"device={device}"]
+        self.form = form
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def first(self) -> None:
+        """Wait for the first iteration, which begins by itself and compiles."""
+        self._line()
+
+    def ask(self) -> float:
+        """Seconds of one more iteration."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def end(self) -> int:
+        """Its memory peak in bytes."""
+        self.process.stdin.close()
+        peak = int(self.process.stdout.readlines()[-1])
+        self.process.wait()
+        return peak
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:  # -9: killed, e.g. for memory
+            raise RuntimeError(f"the form {self.form!r} ended early, with exit status {self.process.wait()}")
+        return line
+
+
+Turns = tuple[dict[str, list[float]], dict[str, int]]  # seconds and memory peak of each form
+
+
+def side_by_side(start: Callable[[str], Worker], forms: list[str], repeats: int) -> Turns:
+    """All forms alive, asked in turn; two turns more to warm up."""
+    workers = {form: start(form) for form in forms}
+    for worker in workers.values():
+        worker.first()
+    turns = [{form: worker.ask() for form, worker in workers.items()} for _ in range(2 + repeats)]
+    return {form: [turn[form] for turn in turns[2:]] for form in forms}, {f: w.end() for f, w in workers.items()}
+
+
+def one_at_a_time(start: Callable[[str], Worker], forms: list[str], repeats: int) -> Turns:
+    """A fresh process for each turn of each form, its second iteration timed."""
+    seconds: dict[str, list[float]] = {form: [] for form in forms}
+    peaks = dict.fromkeys(forms, 0)
+    for _ in range(repeats):
+        for form in forms:
+            worker = start(form)
+            worker.first()
+            seconds[form].append(worker.ask())
+            peaks[form] = max(peaks[form], worker.end())
+    return seconds, peaks
+
+
 def measure(name: str, case: Case, options: Options, device: torch.device, peak_rate: float) -> dict:
     """Medians of all forms of one case, asked in turn, with ratios to the plain form."""
     left_out = [f for f, form in case.forms.items() if form.needs_bf16 and not bf16_is_fast(device)]
-    forms = [PLAIN, TUNED, *(f for f in case.forms if f not in left_out)]
-    workers = {}
-    for form in forms:
-        environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR} | (ALLOCATOR if form != PLAIN else {})
-        command = [sys.executable, __file__, f"worker={name}/{form}", f"device={options.device}"]
-        workers[form] = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-    seconds: dict[str, list[float]] = {form: [] for form in forms}
-    for form, worker in workers.items():
-        read_seconds(worker, form)  # the first iteration, compilation included
-    for turn in range(2 + options.repeats):  # two more to warm up
-        for form, worker in workers.items():
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            took = read_seconds(worker, form)
-            if turn >= 2:
-                seconds[form].append(took)
-    peaks = {}
-    for form, worker in workers.items():
-        worker.stdin.close()
-        peaks[form] = int(worker.stdout.readlines()[-1])
-        worker.wait()
+    forms = [*([PLAIN, TUNED] if case.plain else []), *(f for f in case.forms if f not in left_out)]
+    turns = one_at_a_time if case.one_at_a_time else side_by_side
+    seconds, peaks = turns(lambda form: Worker(name, form, options.device), forms, options.repeats)
     median = {form: stats.median(values) for form, values in seconds.items()}
     found = {
         "name": name, "what": case.what, "seconds": seconds, "median_seconds": median,
-        "ratio_to_plain": {f: median[PLAIN] / m for f, m in median.items()},
-        "ratio_to_plain_tuned": {f: median[TUNED] / m for f, m in median.items()},
         "peak_memory_bytes": peaks, "left_out_without_bf16": left_out,
     }  # fmt: skip
+    if case.plain:
+        found |= {
+            "ratio_to_plain": {f: median[PLAIN] / m for f, m in median.items()},
+            "ratio_to_plain_tuned": {f: median[TUNED] / m for f, m in median.items()},
+        }
     if case.flops is not None:
         flops = case.flops()
         found |= {
@@ -118,14 +162,6 @@ def measure(name: str, case: Case, options: Options, device: torch.device, peak_
             "share_of_matrix_product": {f: flops / m / peak_rate for f, m in median.items()},
         }  # fmt: skip
     return found
-
-
-def read_seconds(worker: subprocess.Popen, form: str) -> float:
-    """The next answer of a worker; RuntimeError with its exit status if it has ended (-9: killed, e.g. for memory)."""
-    line = worker.stdout.readline()
-    if not line:
-        raise RuntimeError(f"the form {form!r} ended before it was asked to, with exit status {worker.wait()}")
-    return float(line)
 
 
 def busy_cores() -> float:
@@ -167,9 +203,10 @@ def table(results: list[dict]) -> str:
             "|---" * 7 + "|",
         ]
         for form, seconds in result["median_seconds"].items():
-            row = [form, f"{seconds:.3f}", f"{result['ratio_to_plain'][form]:.2f}x"]
-            if "ratio_to_plain_tuned" in result:
-                row += [f"{result['ratio_to_plain_tuned'][form]:.2f}x"]
+            row = [form, f"{seconds:.3f}"]
+            for ratio in ("ratio_to_plain", "ratio_to_plain_tuned"):
+                row.append(f"{result[ratio][form]:.2f}x" if ratio in result else "")
+            if "peak_memory_bytes" in result:
                 row += [f"{result['peak_memory_bytes'][form] / 2**30:.2f} GiB"]
             if "flops" in result:
                 row += [f"{result['flops_per_second'][form] / 1e12:.3f}"]
@@ -185,16 +222,17 @@ def main(argv: list[str]) -> None:
     if options.worker:
         serve(*options.worker.split("/"), device)
         return
-    busy = busy_cores()
-    if busy > 0.2:
-        print(f"note: other work keeps {busy:.1f} cores of this machine busy: the ratios may not hold", flush=True)
     rate, folder = matrix_product_rate(device), ROOT / options.out
     for name in options.only:
+        busy = busy_cores()
+        if busy > 0.2:
+            print(f"note: other work keeps {busy:.1f} cores of this machine busy: the ratios may not hold", flush=True)
         found = measure(name, CASES[name], options, device, rate)
         found |= {"matrix_product_flops_per_second": rate, "busy_cores_before": busy, **made(device)}
         write_atomic(folder / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
         for form, seconds in found["median_seconds"].items():
-            print(f"{name:<12} {form:<24} {seconds:8.3f} s  {found['ratio_to_plain'][form]:5.2f}x", flush=True)
+            ratio = f"{found['ratio_to_plain'][form]:5.2f}x" if "ratio_to_plain" in found else "not tried: plain"
+            print(f"{name:<12} {form:<24} {seconds:8.3f} s  {ratio}", flush=True)
     results = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if "median_seconds" in p.read_text()]
     write_atomic(folder / "README.md", table(results).encode())
 
