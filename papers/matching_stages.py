@@ -14,11 +14,11 @@ from torch import Tensor
 
 from common import matching, teachers
 from common.protocols import PROTOCOLS, Protocol
+from common.scaling import epochs_for, fitted_epochs
 from common.store import Product
 from common.views import Recipe, normalise
 from methods import coresets, dc, dm, dsa, mtt
 from papers import mixing_stages, selection_stages
-from papers.hard_truths.scaling import epochs_for, fitted_epochs
 from papers.plan import Cell, merged
 
 if TYPE_CHECKING:

@@ -21,12 +21,12 @@ from common.attacks import robust_accuracy
 from common.augment import rng
 from common.cka import similarity
 from common.corruptions import CORRUPTIONS, PROCEDURAL, STANDARD, corrupt, load_released, released_labels
+from common.scaling import fit_scaling_law, fitted_epochs
 from common.store import Product
 from common.views import normalise
 from methods import mtt
 from papers import matching_stages
 from papers.hard_truths.analyses import bn_gaps, bn_loss, dm_loss, tm_loss
-from papers.hard_truths.scaling import fit_scaling_law, fitted_epochs
 from papers.plan import Cell
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from torch import nn
 
-from common import networks
+from common import networks, scaling
 from common.augment import DiffAugment, rng
+from common.scaling import fit_scaling_law, law_product, shared_b_test
 from methods import mtt, sre2l
-from papers.hard_truths import analyses, scaling
+from papers.hard_truths import analyses
 from papers.hard_truths.analyses import dcs, el2n_sl
-from papers.hard_truths.scaling import fit_scaling_law, law_product, shared_b_test
 
 
 @pytest.fixture(autouse=True)

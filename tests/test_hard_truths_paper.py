@@ -177,7 +177,7 @@ def test_longer_training_changes_the_students_alone(run):
 
 @pytest.mark.slow
 def test_a_fitted_law_is_that_of_the_mean_curve(run, lab):
-    from papers.hard_truths.scaling import fit_scaling_law
+    from common.scaling import fit_scaling_law
 
     found = {r["metric"]: r["mean"] for r in run.results.values() if r["table"] == "scaling"}
     (planned, *_) = (p for p in run.planned if p.cell.table == "scaling" and p.stages)

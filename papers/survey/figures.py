@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from common import scaling
 from papers import drawing, plan, report
 
 if TYPE_CHECKING:
@@ -140,8 +141,6 @@ def scores(run: Run) -> pd.DataFrame:
 
     Scores are percentage points and percent; a score whose accuracies were not all run is missing.
     """
-    from papers.hard_truths import scaling
-
     found = {(r["method"], r["ipc"], r["setting"]): r for r in run.results.values() if r["table"] == "leaderboard"}
     full = next((r for (m, _, _), r in found.items() if m == "All training images"), None)
 

@@ -1,4 +1,4 @@
-"""The whole fault campaign, part after part: python -m tests.faults.  It takes hours.
+"""The whole fault campaign, part after part: `python -m tests.faults`, without arguments.  It takes hours.
 
 Each part writes its section of tables/reliability.md; one that fails is said, and the others go on.
 """
@@ -18,6 +18,10 @@ PARTS = (
 
 
 def main() -> int:
+    if sys.argv[1:]:  # a question for help must not start hours of work
+        asked = sys.argv[1:] in (["help"], ["-h"], ["--help"])
+        print(__doc__ if asked else f"unknown: {' '.join(sys.argv[1:])}; allowed: help")
+        return 0 if asked else 2
     failed = []
     for module, *arguments in PARTS:
         command = [sys.executable, "-m", module, *arguments]
