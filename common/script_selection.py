@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from common import matching, teachers
@@ -16,9 +16,8 @@ from common.distilled import DistilledSet
 from common.hardware import precision_name, recorded, resolve_precision
 from common.protocols import PROTOCOLS
 from common.script import Common, Matching, arg, keep, parse, train_and_test
-from common.selection import augment_of, scored
+from common.selection import augment_of, scored, trial
 from common.store import Checkpoint, Entry, Product, Store
-from common.students import train_students
 from common.train import accuracy, fit
 
 __all__ = ["run_cad", "run_selection"]
@@ -56,16 +55,8 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
         bank, inputs = method.Bank.restore(entry.tensors()), (*inputs, entry.key)
     pixels, labels = on.train.images, on.train.labels
 
-    def tried(chosen: Tensor, held: Tensor) -> float:
-        """Accuracy on training images that are held out, of one student on others."""
-        found = train_students(
-            on.prepare(pixels[chosen]), labels[chosen], pixels[held], labels[held], make_network=on.make_network,
-            protocol=protocol, seeds=[args.seed], prepare=on.prepare, device=device,
-            augment=on.augment if protocol.augment else None,
-        )  # fmt: skip
-        return found.accuracies[0]
-
-    def choose(_: Path) -> Product:
+    def choose(work: Path) -> Product:
+        tried = trial(work, on, protocol, args.seed)
         found = method.select(bank, labels, config, generator=rng(args.seed, "select"), device=device, accuracy=tried)
         return Product({k: t.contiguous() for k, t in found.items()}, {})
 

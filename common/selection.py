@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from common import matching
 from common.augment import CropResizeFlip, rng
+from common.protocols import Protocol
 from common.store import Checkpoint
+from common.students import train_students
 
-__all__ = ["augment_of", "scored"]
+__all__ = ["augment_of", "scored", "trial"]
 
 
 def augment_of(kind: str, on: matching.Setting, coresets: ModuleType) -> Any:
@@ -39,3 +44,21 @@ def scored(work: Path, on: matching.Setting, method: ModuleType, config, augment
             on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare, augment=augment,
             generator=rng(seed, "scoring run"), device=on.device, state=state, on_step=on_step,
         )  # fmt: skip
+
+
+def trial(work: Path, on: matching.Setting, protocol: Protocol, seed: int) -> Callable[[Tensor, Tensor], float]:
+    """accuracy(chosen, held out) on training images, of one student: what EL2N-Best asks for each of its windows.
+
+    A run that was stopped goes on from the folder `work`, as the windows are asked for in the same order.
+    """
+    asked = itertools.count()
+
+    def accuracy(chosen: Tensor, held: Tensor) -> float:
+        own, checkpoint = on.train, Checkpoint(work / f"window{next(asked)}.safetensors")
+        return train_students(
+            on.prepare(own.images[chosen]), own.labels[chosen], own.images[held], own.labels[held], protocol=protocol,
+            make_network=on.make_network, seeds=[seed], prepare=on.prepare, device=on.device,
+            augment=on.augment if protocol.augment else None, checkpoint=checkpoint,
+        ).accuracies[0]  # fmt: skip
+
+    return accuracy

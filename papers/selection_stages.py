@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from common import matching
 from common.augment import rng
-from common.selection import augment_of, scored
+from common.protocols import PROTOCOLS
+from common.selection import augment_of, scored, trial
 from common.store import Product
 from methods import cad, coresets
 from papers import image_stages
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SELECTIONS", "images"]
 
+HARD = "hard-truths-hard"  # the protocol of students that EL2N-Best is chosen by
 BORROWED = "image-set"  # a set that a paper with trained teachers made, found by its cell
 SELECTIONS = {"coreset": coresets, "cad": cad, BORROWED: None}
 SELECTS = (  # fields of a config of cad.py that the scoring run does not depend on
@@ -48,17 +50,26 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) ->
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items() if k != "augment"}
     config, ipc = coresets.Config(**options), setup.distill["ipc"]
     needs = (_bank(lab, setup, on, config),) if coresets.METHODS[config.method] != "none" else ()
+    # The same set under every label regime: EL2N-Best chooses by students under hard labels.
+    tested = replace(PROTOCOLS[HARD], epochs=setup.protocol.epochs, batch=setup.protocol.batch)
+    tries = len(coresets.BETAS) if config.method == "el2n_best" else 0
 
     def build(work: Path) -> Product:
         bank = coresets.Bank.restore(lab.entry(needs[0]).tensors()) if needs else coresets.Bank(on.train.labels.cpu())
-        found = coresets.select(bank, on.train.labels, config, generator=rng(seed, "selection"), device=on.device)
+        found = coresets.select(
+            bank, on.train.labels, config, generator=rng(seed, "selection"), device=on.device,
+            accuracy=trial(work, on, tested, seed),
+        )  # fmt: skip
         rows = found["indices"]
         chosen = {"images": on.prepare(on.train.images[rows.to(on.train.images.device)]), "labels": found["labels"]}
-        return _set(on, {**chosen, "indices": rows}, ipc)
+        tried = {"betas": coresets.BETAS, "accuracies": found["accuracies"].tolist()} if tries else {}
+        return _set(on, {**chosen, "indices": rows}, ipc, **tried)
 
     settings = {**matching.facts(on, seed), "method": "coresets", "config": asdict(config)}
-    what = f"{config.method} images, {setup.run_on}, IPC {ipc}"
-    return lab.stage("distill", settings, (on.train.fingerprint, *needs), build, 0.0, what, *needs)
+    settings |= {"protocol": asdict(tested)} if tries else {}
+    views, held = 3 * tested.passes * ipc * len(on.train.classes), len(on.train) / 10
+    cost, what = tries * (views + held) * on.flops, f"{config.method} images, {setup.run_on}, IPC {ipc}"
+    return lab.stage("distill", settings, (on.train.fingerprint, *needs), build, cost, what, *needs)
 
 
 def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets.Config) -> Stage:

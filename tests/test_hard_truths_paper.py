@@ -111,6 +111,20 @@ def test_a_teacher_sees_pixels_as_it_was_trained_on(lab):
     torch.testing.assert_close(logits, net((views - mean) / std).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_el2n_best_is_chosen_by_students_on_training_images_that_are_held_out(lab):
+    _, chosen = setup("smoke", "selectors/cifar-100/el2n-best/hl/convnet/10/own")
+    quick = replace(chosen, protocol=replace(chosen.protocol, epochs=2), distill={**chosen.distill, "epochs": 3})
+    stage = matching_stages.images(lab, quick, "coreset", 0)
+    made = lab.entry(stage)
+    betas, found = made.meta["betas"], made.meta["accuracies"]
+    assert betas == list(coresets.BETAS) and len(set(found)) > 1
+    plain = {**quick.distill, "method": "el2n", "beta": betas[found.index(max(found))]}
+    same = lab.entry(matching_stages.images(lab, replace(quick, distill=plain), "coreset", 0))
+    assert torch.equal(made.tensors()["indices"], same.tensors()["indices"])
+    soft = replace(quick, protocol=replace(PROTOCOLS["hard-truths-soft"], epochs=2, batch=quick.protocol.batch))
+    assert lab.key(matching_stages.images(lab, soft, "coreset", 0)) == lab.key(stage)  # one set for all regimes
+
+
 # ---------------------------------------------------------------- a part of the smoke run
 
 
