@@ -249,8 +249,8 @@ def students(
             tested_images(tensors), tensors["labels"], on.test.images, on.test.labels, make_network=on.make_network,
             protocol=protocol, seeds=seeds, prepare=on.prepare, augment=on.augment if protocol.augment else None,
             lr=float(tensors["lr"]) if "lr" in tensors else None, soft_labels=tensors.get("soft_labels"),
-            device=on.device, dtype=dtype, checkpoint=Checkpoint(work / "students.safetensors"),
-            on_epoch=lambda *_: bar.update(), **options,
+            weights=tensors.get("weights"), device=on.device, dtype=dtype,
+            checkpoint=Checkpoint(work / "students.safetensors"), on_epoch=lambda *_: bar.update(), **options,
         )  # fmt: skip
     kept = {f"{place}/{name}": v for place, state in enumerate(found.networks) for name, v in state.items()}
     curves = {"curves": found.curves} if found.curves else {}

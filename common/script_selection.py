@@ -68,7 +68,8 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
     result = DistilledSet(chosen.cpu().float() / 255, tensors["labels"], train.classes, train.mean, train.std,
                           weights=tensors.get("weights"), settings=facts)  # fmt: skip
     keep(result, args, config.method)
-    images = {"images": on.prepare(chosen).cpu().contiguous(), "labels": tensors["labels"]}
+    images = {"images": on.prepare(chosen).cpu().contiguous()}
+    images |= {name: tensors[name] for name in ("labels", "weights") if name in tensors}
     train_and_test(store, made, on, images, protocol, args, device)
 
 

@@ -57,6 +57,7 @@ def train_students(
     augment: Any = None,
     lr: float | None = None,
     soft_labels: Tensor | None = None,
+    weights: Tensor | None = None,
     teacher: Callable[[Tensor], Tensor] | None = None,
     mix: Callable[[int, int], Tensor] | None = None,
     keep: bool = False,
@@ -73,8 +74,9 @@ def train_students(
     test_images: [N, C, H, W], through `prepare` (on the device) to network input; None: they are that already.
     augment: in place of the protocol's own strategy (`draw(rows, generator, siamese=False)`, `augment(images, draw)`).
     lr, soft_labels (logits [M, K]), teacher (network input [B, C, H, W] -> logits [B, K]): read where the protocol
-    wants them.  mix(seed, epoch): the images [M, C, H, W] of a student's pass, in place of `images`.  keep: return the
-    networks too.  dtype: bfloat16 is autocast.
+    wants them.  weights [M]: of the images in the loss of a batch, sum w l / sum w (CRAIG's coresets); None: all alike.
+    mix(seed, epoch): the images [M, C, H, W] of a student's pass, in place of `images`.  keep: return the networks too.
+    dtype: bfloat16 is autocast.
     side_by_side: students stacked together; 0: up to ten on a GPU, one on a CPU, where grouped convolutions are slower.
     Networks that vmap cannot take (running statistics, dropout) train one after the other.  looks: also test after
     every so many passes, or after those named, and after the last.  compile needs a C++ compiler on a CPU.
@@ -91,6 +93,10 @@ def train_students(
     device, begun = torch.device(device), time.perf_counter()
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     images, target = images.to(device, wide), target.to(device)
+    if weights is not None:
+        if weights.shape != labels.shape or not (weights >= 0).all() or not weights.any():
+            raise ValueError(f"weights {list(weights.shape)}: needs one for each of {len(labels)} images, none below 0")
+        weights = weights.to(device, wide)
     model = _Model(make_network, images[:2], device, dtype, compile)
     test = _Test(test_images, test_labels, prepare, device, wide)
     rate = lr if protocol.lr is None else protocol.lr
@@ -117,7 +123,7 @@ def train_students(
             group.restore(tensors, epoch)
         tensors, meta = {}, {}
         while epoch < protocol.passes:
-            group.run_pass(images, target, epoch, augment, teacher, mix)
+            group.run_pass(images, target, weights, epoch, augment, teacher, mix)
             epoch += 1
             last = epoch == protocol.passes
             due = checkpoint is not None and not last and checkpoint.due(number * protocol.passes + epoch)
@@ -219,7 +225,9 @@ class _Group:
         else:
             self.optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer](params, **options)
 
-    def run_pass(self, images: Tensor, target: Tensor, epoch: int, augment: Any, teacher: Any, mix: Any) -> None:
+    def run_pass(
+        self, images: Tensor, target: Tensor, weights: Tensor | None, epoch: int, augment: Any, teacher: Any, mix: Any
+    ) -> None:
         """One pass over the set, each student in its own order and with its own augmentation and mixture."""
         if self.protocol.restarts(epoch):
             self._renew()
@@ -235,7 +243,7 @@ class _Group:
             with torch.no_grad():
                 wanted = target[rows] if teacher is None else teacher(x).unflatten(0, rows.shape)
             logits = self._logits(x.unflatten(0, rows.shape), epoch, batch)
-            losses = student_losses(logits, wanted, self.protocol)
+            losses = student_losses(logits, wanted, self.protocol, None if weights is None else weights[rows])
             self.optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
             self.optimizer.step()
@@ -293,15 +301,20 @@ class _Group:
                     self.optimizer.state[own][kind] = moved
 
 
-def student_losses(logits: Tensor, target: Tensor, protocol: Protocol) -> Tensor:
-    """Mean loss of each student: logits [G, B, K], class numbers [G, B] or logits [G, B, K] -> [G]."""
+def student_losses(logits: Tensor, target: Tensor, protocol: Protocol, weights: Tensor | None = None) -> Tensor:
+    """Mean loss of each student, or sum w l / sum w: logits [G, B, K], class numbers [G, B] or logits [G, B, K] -> [G].
+
+    weights: [G, B].
+    """
     if protocol.labels == "hard":
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(1)
-    kl = protocol.labels in ("kl", "online")
-    t = protocol.temperature if kl else 1.0
-    log_p, log_q = (logits / t).log_softmax(2), (target.to(logits) / t).log_softmax(2)
-    entropy = log_q if kl else 0  # soft: without the entropy of the labels, which is constant
-    return (log_q.exp() * (entropy - log_p)).sum(2).mean(1)
+        each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)  # [G, B]
+    else:
+        kl = protocol.labels in ("kl", "online")
+        t = protocol.temperature if kl else 1.0
+        log_p, log_q = (logits / t).log_softmax(2), (target.to(logits) / t).log_softmax(2)
+        entropy = log_q if kl else 0  # soft: without the entropy of the labels, which is constant
+        each = (log_q.exp() * (entropy - log_p)).sum(2)
+    return each.mean(1) if weights is None else (weights * each).sum(1) / weights.sum(1)
 
 
 @dataclass(frozen=True)

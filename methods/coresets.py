@@ -35,7 +35,7 @@ Where DeepCore or an official code differs, and what is taken here (options have
   herding      DeepCore takes the argmax, which picks outliers; argmin here
   cal          DeepCore keeps the smallest divergences, the original the largest; DeepCore's here
   glister      DeepCore's update never runs (a misspelt keyword): the first gains rank all; so here, `update` mends it
-  craig        DeepCore's weights are one too high; the member counts here (returned; students here do not use them)
+  craig        DeepCore's weights are one too high; the member counts here, which weigh the loss of students
   least conf.  DeepCore reads the largest logit; the probability here
   forgetting   an image that was never learned counts 0 in DeepCore (easiest); last of the easy ones here
   dyn_unc      the official code leaves out the last window, and has a factor of 10 that changes no ranking: neither

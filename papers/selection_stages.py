@@ -61,12 +61,14 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) ->
             accuracy=trial(work, on, tested, seed),
         )  # fmt: skip
         rows = found["indices"]
-        chosen = {"images": on.prepare(on.train.images[rows.to(on.train.images.device)]), "labels": found["labels"]}
+        chosen = {"images": on.prepare(on.train.images[rows.to(on.train.images.device)])}
+        chosen |= {name: found[name] for name in ("labels", "weights") if name in found}  # weights: of CRAIG
         tried = {"betas": coresets.BETAS, "accuracies": found["accuracies"].tolist()} if tries else {}
         return _set(on, {**chosen, "indices": rows}, ipc, **tried)
 
     settings = {**matching.facts(on, seed), "method": "coresets", "config": asdict(config)}
     settings |= {"protocol": asdict(tested)} if tries else {}
+    settings |= {"weighted": True} if config.method == "craig" else {}  # its weights are part of the set
     views, held = 3 * tested.passes * ipc * len(on.train.classes), len(on.train) / 10
     cost, what = tries * (views + held) * on.flops, f"{config.method} images, {setup.run_on}, IPC {ipc}"
     return lab.stage("distill", settings, (on.train.fingerprint, *needs), build, cost, what, *needs)

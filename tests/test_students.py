@@ -504,3 +504,32 @@ def test_losses_of_a_group():
         protocol = Protocol("x", labels=labels, temperature=4.0)
         wanted = torch.stack([one(z, y) for z, y in zip(logits, target, strict=True)])
         torch.testing.assert_close(students.student_losses(logits, target, protocol), wanted, atol=1e-12, rtol=1e-9)
+        count = torch.tensor([[3, 0, 1, 1, 2], [1, 2, 4, 0, 1]])  # a weight is worth as many copies of the image
+        copies = [
+            (z.repeat_interleave(n, 0), y.repeat_interleave(n, 0))
+            for z, y, n in zip(logits, target, count, strict=True)
+        ]
+        wanted = torch.stack([one(z, y) for z, y in copies])
+        found = students.student_losses(logits, target, protocol, count.double())
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9)
+
+
+def test_students_learn_by_the_weights_of_their_images():
+    """A weight of 0 is an image that is not there; what all weigh alike is as without weights."""
+    images, labels = torch.randn(8, 3, 8, 8, generator=rng(5)), torch.arange(8) % 2
+    make = lambda g: networks.make("mlp", classes=2, size=8, generator=g)  # noqa: E731
+    train = lambda **more: train_students(  # noqa: E731
+        images, labels, images, labels, make_network=make, protocol=Protocol("x", epochs=3, batch=8), seeds=(0, 1),
+        keep=True, side_by_side=2, **more,
+    )  # fmt: skip
+    plain, same = train(), train(weights=torch.full((8,), 2.0))
+    for one, other in zip(plain.networks, same.networks, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    few = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0])
+    first = train(weights=few)
+    images = torch.cat([images[:4], torch.randn(4, 3, 8, 8, generator=rng(6))])
+    for one, other in zip(first.networks, train(weights=few).networks, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(*(next(iter(found.networks[0].values())) for found in (first, plain)))
+    with pytest.raises(ValueError, match="needs one for each of 8 images, none below 0"):
+        train(weights=-few)
