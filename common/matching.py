@@ -105,7 +105,8 @@ class Setting:
         return DistilledSet(
             self.pixels(tested_images(tensors)).contiguous(), tensors["labels"], self.train.classes, self.train.mean,
             self.train.std, soft_labels=tensors.get("soft_labels"),
-            student_lr=float(tensors["lr"]) if "lr" in tensors else None, whitening=whitening, settings=settings,
+            student_lr=float(tensors["lr"]) if "lr" in tensors else None, weights=tensors.get("weights"),
+            whitening=whitening, settings=settings,
         )  # fmt: skip
 
 

@@ -61,7 +61,8 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
         return Product({k: t.contiguous() for k, t in found.items()}, {})
 
     facts = {**facts, "config": asdict(config)}
-    settings = {**facts, "protocol": asdict(protocol)} if config.method == "el2n_best" else facts
+    settings = facts | ({"protocol": asdict(protocol)} if config.method == "el2n_best" else {})
+    settings |= {"weighted": True} if config.method == "craig" else {}  # its students use the weights
     made = store.make("coreset", settings, inputs, recorded(choose, device))
     tensors = made.tensors()
     chosen, train = pixels[tensors["indices"].to(pixels.device)], on.train
@@ -127,9 +128,10 @@ def _teacher(store: Store, on: matching.Setting, args: Pruning, device: torch.de
         top1 = accuracy(net, on.test.images, on.test.labels, on.train, device=device, dtype=dtype)
         return Product({k: v.cpu() for k, v in net.state_dict().items()}, {"accuracy": top1})
 
+    settings = teachers.settings(on.train.name, on.network, on.size, recipe, args.seed, precision_name(dtype))
+    settings |= {"views": "centre", "mean": on.train.mean, "std": on.train.std}  # not those of the papers' teachers
     entry = store.make(
-        "teacher", teachers.settings(on.train.name, on.network, on.size, recipe, args.seed, precision_name(dtype)),
-        (on.train.fingerprint, on.test.fingerprint), recorded(build, device),
+        "teacher", settings, (on.train.fingerprint, on.test.fingerprint), recorded(build, device),
     )  # fmt: skip
     net = on.make_network(rng(args.seed))
     net.load_state_dict(entry.tensors())

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
+SPENT = "spent.json"  # in the folder of a build that goes on: when this run of it began, and what earlier ones took
 
 
 class Damaged(RuntimeError):
@@ -122,8 +123,8 @@ class Store:
         """The entry, from disk if it is there, else from `build(work)`, which one process at a time runs.
 
         `work` is a folder for checkpoints: it survives a killed or failed build, and the next one finds it as it was.
-        `meta["resumed"]` says so, for then `seconds` counts the last run only. OSError names a path that cannot be
-        written; errors of `build` pass through.
+        `meta["resumed"]` says so; `seconds` counts the earlier runs up to their last checkpoint. OSError names a path
+        that cannot be written; errors of `build` pass through.
         """
         key = self.key(stage, settings, inputs)
         path, work = self.root / stage / key, self.root / stage / f"{key}.work"
@@ -161,10 +162,12 @@ class Store:
             shutil.rmtree(left_over, ignore_errors=True)
         with _sentence(work):
             work.mkdir(exist_ok=True)
-            resumed = any(work.iterdir())
+            resumed = any(file.name != SPENT for file in work.iterdir())
+            before = _spent(work) if resumed else 0.0
+            write_atomic(work / SPENT, json.dumps({"before": before, "begun": time.time()}).encode())
         start = time.perf_counter()
         product = build(work)
-        seconds = round(time.perf_counter() - start, 3)
+        seconds = round(before + time.perf_counter() - start, 3)
         finished = datetime.now().astimezone().isoformat(timespec="seconds")
         facts = {"settings": settings, "inputs": list(inputs), "seconds": seconds, "resumed": resumed}
         meta = {**product.meta, **facts, "finished": finished}
@@ -303,6 +306,16 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             state.update(piece)
     return state.hexdigest()
+
+
+def _spent(work: Path) -> float:
+    """Seconds of the earlier runs of a build, each up to its last checkpoint: what came after is done again."""
+    try:
+        last = json.loads((work / SPENT).read_text())
+        saved = max(file.stat().st_mtime for file in work.rglob("*") if file.is_file() and file.name != SPENT)
+        return last["before"] + max(0.0, saved - last["begun"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _read(path: Path, hashes: bool = True) -> Entry | None:

@@ -314,7 +314,9 @@ def student_losses(logits: Tensor, target: Tensor, protocol: Protocol, weights: 
         log_p, log_q = (logits / t).log_softmax(2), (target.to(logits) / t).log_softmax(2)
         entropy = log_q if kl else 0  # soft: without the entropy of the labels, which is constant
         each = (log_q.exp() * (entropy - log_p)).sum(2)
-    return each.mean(1) if weights is None else (weights * each).sum(1) / weights.sum(1)
+    if weights is None:
+        return each.mean(1)
+    return (weights * each).sum(1) / weights.sum(1).clamp(min=1e-12)  # a batch of images that weigh nothing: 0
 
 
 @dataclass(frozen=True)

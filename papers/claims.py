@@ -70,7 +70,7 @@ def statuses(paper, scale: str, cells: list, printed: list) -> dict[tuple, str]:
             r for r in table_rows(cell["table"], [], [cell], printed, comparable, label_regime="any", **chosen)
             if tuple(r[k] for k in KEY) == tuple(cell[k] for k in KEY)
         )  # fmt: skip
-        out[row_key(cell)] = found["status"]
+        out[row_key(cell)] = found["status"] if printed_for(paper, cell, printed) else "not comparable"
     return out
 
 
@@ -95,6 +95,9 @@ def row(cell: dict, scale: str, status: str, theirs: dict | None) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:]:
+        print(f"unknown: {' '.join(sys.argv[1:])}; python -m papers.claims takes no arguments and writes {PAGE.name}")
+        return 2
     write_atomic(PAGE, page(ROOT.parent / "tables").encode())
     print(f"written: {PAGE.relative_to(ROOT.parent)}")
     return 0

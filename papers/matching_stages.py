@@ -72,10 +72,10 @@ class MatchingSetup:
         return bool(self.measure.keys() - {"per_class", "trajectory"})
 
     def facts(self, images: int = 0, total: int = 0) -> dict:
-        """The settings part of a result file, for students of some of `total` images."""
+        """The settings part of a result file, for students of some of `total` images, or by default of all."""
         return {
             "size": self.size, "network": self.network, "distill": dict(self.distill),
-            "protocol": asdict(self.trained_by(images, total) if total else self.protocol), "mix": dict(self.mix),
+            "protocol": asdict(self.trained_by(images, total) if total else self.on_everything), "mix": dict(self.mix),
             "measure": dict(self.measure),
             "teacher_network": self.teacher_network, "teacher": self.teacher and asdict(self.teacher),
             "student_network": self.student_network or self.network, "transfer": list(self.transfer),
@@ -86,6 +86,11 @@ class MatchingSetup:
         """The protocol for a set of some of `total` images, with the epochs of its students."""
         epochs = epochs_for(self.budget, total, images) if self.budget else round(self.times * self.protocol.epochs)
         return replace(self.protocol, epochs=max(1, epochs))
+
+    @property
+    def on_everything(self) -> Protocol:
+        """The protocol for all training images, with the epochs that the scale gives such students."""
+        return replace(self.protocol, **self.measure.get("full", {}))
 
     def taught_by(self, on: matching.Setting) -> TeacherSetup:
         """What the teacher is trained with; ValueError where the scale names none."""
@@ -306,7 +311,7 @@ def _mean(lab: Lab, each: tuple[Stage, ...]) -> Stage:
 
 def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     """Students on all training images, for the epochs that the scale gives them."""
-    on, protocol = setting_of(lab, setup), replace(setup.protocol, **setup.measure.get("full", {}))
+    on, protocol = setting_of(lab, setup), setup.on_everything
 
     def build(work: Path) -> Product:
         tensors = {"images": on.prepare(on.train.images), "labels": on.train.labels}

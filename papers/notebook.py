@@ -84,12 +84,19 @@ def execute(notebook: Path, parameters: Mapping[str, str], folder: Path) -> Path
             if draft.exists():
                 write_atomic(failed, portable(draft.read_text(encoding="utf-8")).encode())
             raise RuntimeError(f"{notebook.name}, {reason(error)}; as far as it got: {failed}") from error
-        text = portable(draft.read_text(encoding="utf-8"))
+        text = linked(portable(draft.read_text(encoding="utf-8")), folder)
     page = folder / f"{notebook.stem}.html"
     write_atomic(page, html(text, notebook.stem).encode())
     write_atomic(folder / notebook.name, text.encode())
     failed.unlink(missing_ok=True)
     return page
+
+
+def linked(text: str, folder: Path) -> str:
+    """The notebook with its links, which are those of notebooks/, as seen from `folder`."""
+    folder = folder.resolve()
+    up = Path(os.path.relpath(ROOT, folder)) if folder.is_relative_to(ROOT) else ROOT
+    return text.replace("](../", f"]({up.as_posix()}/")
 
 
 def reason(error: Exception) -> str:

@@ -161,10 +161,17 @@ def _notes(rows: Sequence[Row], layout: Mapping) -> list[str]:
 
 
 def _statuses(rows: Sequence[Row], layout: Mapping) -> list[str]:
-    groups: dict[str, list[str]] = {}
+    """A line a status: how many numbers have it and which; a method's columns where others of it have another one."""
+    groups: dict[str, dict[str, list[str]]] = {}
     for row in sorted(rows, key=lambda row: row["ours"] is None):
-        groups.setdefault(row["status"], []).append(_label(row, layout["rows"]))
-    return [f"{status}: {len(labels)} ({'; '.join(dict.fromkeys(labels))})" for status, labels in groups.items()]
+        columns = groups.setdefault(row["status"], {}).setdefault(_label(row, layout["rows"]), [])
+        columns.append(" ".join(_column(row, layout["columns"])))
+    lines = []
+    for status, found in groups.items():
+        split = {label for label in found if sum(label in other for other in groups.values()) > 1}
+        names = [f"{label}: {', '.join(own)}" if label in split else label for label, own in found.items()]
+        lines.append(f"{status}: {sum(map(len, found.values()))} ({'; '.join(names)})")
+    return lines
 
 
 # Numbers
@@ -174,6 +181,9 @@ def _decimals(rows: Sequence[Row], metric: str) -> int:
     """As many decimals as the paper prints for this metric in this table; else three for losses below 1."""
     own = [row for row in rows if row["metric"] == metric]
     printed = [row["reported"] for row in own if row["reported"] is not None]
+    values = [row[k] for row in own for k in ("reported", "ours") if row[k] is not None]
+    if metric != "accuracy" and all(float(value).is_integer() for value in values):
+        return 0  # years, counts
     small = metric != "accuracy" and all(abs(row["ours"]) <= 1 for row in own if row["ours"] is not None)
     return max((-Decimal(repr(value)).as_tuple().exponent for value in printed), default=3 if small else 1)
 

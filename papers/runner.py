@@ -66,6 +66,10 @@ class Run:
         reported = report.load_reported(plan.ROOT / self.paper.name / "reported.csv")
         chosen = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}
         rows = report.table_rows(table, cells, self.results.values(), reported, comparable, **chosen)
+        others = {tuple(r[k] for k in report.KEY) for r in self.results.values() if r.get("other_settings")}
+        for row in rows:
+            if row["seeds"] and tuple(row[k] for k in report.KEY) in others:
+                row["status"] += ", made with other settings than the scale has now"
         for row in rows:  # methods that have no cells at all, and why
             if row["status"].endswith("no cell planned") and row["method"] in layout.get("not_run", {}):
                 row["status"] = f"not run: {layout['not_run'][row['method']]}"
@@ -103,12 +107,12 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
             setup, wrong = None, f"failed: {error}"
         else:
             wrong = ""
-        if cell.id not in chosen:
-            out.append(Planned(cell, why="left out by only= or skip="))
-        elif wrong:
+        if wrong:
             out.append(Planned(cell, why=wrong))
         elif setup is None:
             out.append(Planned(cell, why=scale["why_missing"]))
+        elif cell.id not in chosen:
+            out.append(Planned(cell, why="left out by only= or skip="))
         elif setup.sets in missing:
             out.append(Planned(cell, setup, why=missing[setup.sets]))
         else:
@@ -214,7 +218,7 @@ def run(args: Args) -> Run:
         try:
             run_planned(planned, lab, folder, args)
         finally:
-            finished = Run(args, paper, lab, planned, folder, read_results(planned, folder))
+            finished = Run(args, paper, lab, planned, folder, read_results(planned, folder, lab))
             write_report(finished)
     return finished
 
@@ -324,10 +328,25 @@ def result_path(cell: Cell, folder: Path) -> Path:
     return folder / "cells" / f"{cell.id.replace('/', '_')}.json"
 
 
-def read_results(planned: list[Planned], folder: Path) -> dict[str, dict]:
-    """The result files of planned cells, also those of earlier runs, by cell id and in the order of the plan."""
+def read_results(planned: list[Planned], folder: Path, lab: Lab) -> dict[str, dict]:
+    """The result files of planned cells, also those of earlier runs, by cell id and in the order of the plan.
+
+    One whose settings are not those of the plan is kept and has `other_settings`, which the tables say.
+    """
     found = {r["cell"]: r for r in report.load_cells(folder / "cells")}
-    return {p.cell.id: found[p.cell.id] for p in planned if p.cell.id in found}
+    results = {p.cell.id: found[p.cell.id] for p in planned if p.cell.id in found}
+    for p in planned:
+        if p.stages and p.cell.id in results:
+            now, then = json.loads(json.dumps(lab.facts(p.setup))), results[p.cell.id].get("settings", {})
+            results[p.cell.id]["other_settings"] = not agree(now, then)
+    return results
+
+
+def agree(now, then) -> bool:
+    """Whether settings are the same where both have them: a field that came later was then what is now its default."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        return all(agree(now[k], then[k]) for k in now.keys() & then.keys())
+    return now == then
 
 
 # ---------------------------------------------------------------- report

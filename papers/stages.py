@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common import networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, load
+from common.datasets_table import INFO
 from common.hardware import precision_name, recorded, resolve_precision
 from common.labels import Keep, Loss, Online, Stored, kd_loss, relabel
 from common.networks import forward_flops
@@ -112,6 +113,7 @@ class Lab:
     def teacher(self, setup: Setup) -> Stage:
         train, test = (self.data(setup.dataset, split) for split in ("train", "test"))
         settings = teachers.settings(setup.dataset, setup.network, setup.size, setup.teacher, 0, self.precision)
+        settings |= {"shorter": setup.shorter} if setup.shorter else {}  # decides the test views
 
         def build(work: Path) -> Product:
             return teachers.train(
@@ -215,6 +217,8 @@ class Lab:
         }  # fmt: skip
         if setup.regime == "boundary":
             settings["boundary"] = boundary_settings(setup)
+        if setup.shorter:
+            settings["shorter"] = setup.shorter
         cost = (3 * steps * batch + len(test)) * forward_flops(network, setup.size)
         what = f"{network} student, seed {seed}, {setup.regime} labels, {images.what}"
         return self.stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)
@@ -223,8 +227,11 @@ class Lab:
         """What a number was made with, to be said beside it: CIFAR and SVHN kept as JPEG are not the published sets."""
         matching = isinstance(setup, MatchingSetup)
         train = matching_stages.setting_of(self, setup).train if matching else self.data(setup.dataset, "train")
+        known = INFO.get(setup.dataset)
+        varies = known is not None and known.size is None and not isinstance(train, Stream)
+        files = f", from files of {train.short_side} px" if varies else ""  # sets that come in several editions
         lossy = setup.dataset in ("cifar10", "cifar100", "svhn") and "JPEG files" in train.note
-        return f"{setup.run_on} kept as JPEG files" if lossy else setup.run_on
+        return f"{setup.run_on}{files}{' kept as JPEG files' if lossy else ''}"
 
     def facts(self, setup: Setup | MatchingSetup) -> dict:
         """The settings part of a result file; epochs are those that students were trained for."""

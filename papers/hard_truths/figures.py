@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from common.augment import rng
 from common.matching import tested_images
+from methods import coresets
 from papers import drawing
-from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman
+from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman, very_poor
 from papers.matching_stages import setting_of, teacher_logits
 
 if TYPE_CHECKING:
@@ -217,21 +218,26 @@ def figure_scaling(run: Run) -> Figure | None:
 
 
 def subsets(run: Run, objective: str) -> pd.DataFrame:
-    """One row a set of the table of selectors: method, IPC, mean error of its students (%), loss of the objective."""
+    """One row a set of the table of selectors: method, IPC, mean error of its students (%), loss, very poor or not."""
     rows = [r for r in run.results.values() if r["table"] == "selectors"]
     found = {(r["method"], r["ipc"], r["metric"]): r["mean"] for r in rows}
     sets = [s for s in dict.fromkeys((m, i) for m, i, _ in found) if {(*s, "accuracy"), (*s, objective)} <= set(found)]
-    return pd.DataFrame(
+    data = pd.DataFrame(
         [(m, i, 100 - found[m, i, "accuracy"], found[m, i, objective]) for m, i in sets],
         columns=["method", "ipc", "error", "loss"],
     )
+    return data.assign(poor=very_poor(100 - data["error"], data["ipc"]) if len(data) else False)
 
 
-def correlations(run: Run) -> dict[str, DCS]:
-    """DCS of every objective on the sets of the table of selectors, where there are enough of them."""
+def correlations(run: Run, *, poor: bool = False) -> dict[str, DCS]:
+    """DCS of every objective on the sets of the table of selectors, where there are enough of them.
+
+    poor: with the sets that are left out for their accuracy, see `very_poor`.
+    """
     found = {}
     for objective in ("BN loss", "DM loss"):
         data = subsets(run, objective)
+        data = data if poor else data[~data["poor"].astype(bool)]
         if len(data) >= 4:
             found[objective] = dcs(data["loss"], data["error"], data["ipc"], generator=rng(0, "dcs"))
     return found
@@ -246,6 +252,8 @@ def figure3(run: Run) -> Figure | None:
     for ax, (objective, score) in zip(axes[0], found.items(), strict=True):
         data = subsets(run, objective)
         sns.scatterplot(data, x="loss", y="error", hue="ipc", style="ipc", palette="viridis", s=24, ax=ax)
+        left_out = data[data["poor"]]
+        ax.plot(left_out["loss"], left_out["error"], "x", color="C3", markersize=8)
         wide = data["loss"].max() > 5 * data["loss"].min() > 0
         ax.set(xlabel=f"{objective} of the images (no unit)", xscale="log" if wide else "linear")
         ax.set_ylabel("error of students, hard labels (%)")
@@ -256,22 +264,24 @@ def figure3(run: Run) -> Figure | None:
     text = (
         f"{count} sets of real images, chosen in different ways: does a lower loss go with a lower error (rho near 1)?"
         " BN loss is SRe2L's, DM loss that of random networks; rank correlation of all sets, and given IPC with its"
-        f" 95 % interval from the bootstrap. {drawing.where(drawing.values(run, 'selectors'))}"
+        " 95 % interval from the bootstrap. Crossed out, and not counted: accuracy below 70 % of the best at that IPC."
+        f" {drawing.where(drawing.values(run, 'selectors'))}"
     )
     return drawing.captioned(figure, text, run)
 
 
 def figure_scores(run: Run, most: int = 5000) -> Figure | None:
     """EL2N against EL2N-SL of `most` training images, evenly spaced: distributions, and how the two rank."""
-    cells = [p for p in run.planned if p.cell.algorithm == "coreset" and p.stages]
+    cells = [p for p in run.planned if p.cell.algorithm == "coreset" and p.stages and not p.cell.teacher]
+    cells.sort(key=lambda p: coresets.METHODS[p.setup.distill["method"]] != "early")  # EL2N's own run, if there
     for planned in cells:
-        bank = drawing.entry(run, planned, "bank")
-        teacher = next((p for p in run.planned if p.cell.setting == "SL" and drawing.entry(run, p, "teacher")), None)
-        if bank is not None and teacher is not None:
+        bank, on = drawing.entry(run, planned, "bank"), setting_of(run.lab, planned.setup)
+        teacher = run.lab.teacher(planned.setup.taught_by(on)) if planned.setup.teacher_network else None
+        if bank is not None and teacher is not None and run.lab.store.get(teacher.name, run.lab.key(teacher)):
             break
     else:
         return None
-    tensors, on = bank.tensors(), setting_of(run.lab, planned.setup)
+    tensors = bank.tensors()
     total = len(tensors["labels"])
     rows = torch.linspace(0, total - 1, min(most, total)).long()
     error, labels = tensors["err_final"][rows], tensors["labels"][rows]
