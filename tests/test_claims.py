@@ -39,6 +39,11 @@ def test_a_number_near_print_is_reproduced_and_one_far_from_it_differs(tmp_path)
     assert "| 64.8 ± 0.4 | 60.00 ± 0.40 (3) | differs |" in far
 
 
+def test_hard_labels_are_not_judged_by_numbers_of_soft_ones(tmp_path):
+    text = claims.page(cell(tmp_path, mean=64.9, std=0.4, values=[64.5, 64.9, 65.3], label_regime="hard"))
+    assert "| - | 64.90 ± 0.40 (3) | not comparable |" in text and "1 not comparable." in text
+
+
 def test_hard_labels_meet_no_number_of_soft_ones(tmp_path):
     text = claims.page(cell(tmp_path, scale="small", label_regime="hard"))
     assert "| - | 59.8" in text and "64.8" not in text

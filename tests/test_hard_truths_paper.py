@@ -128,6 +128,19 @@ def test_el2n_best_is_chosen_by_students_on_training_images_that_are_held_out(la
 # ---------------------------------------------------------------- a part of the smoke run
 
 
+def test_very_poor_sets_are_left_out_of_the_correlations(monkeypatch):
+    """Four sets in line, and one so poor that it turns the order."""
+    sets = {"a": (90.0, 1.0), "b": (88.0, 2.0), "c": (86.0, 3.0), "d": (84.0, 4.0), "poor": (40.0, 0.5)}
+    results = {
+        f"{name}/{metric}": {"table": "selectors", "method": name, "ipc": 10, "metric": metric, "mean": value}
+        for name, both in sets.items() for metric, value in zip(("accuracy", "DM loss"), both, strict=True)
+    }  # fmt: skip
+    run = type("Run", (), {"results": results})()
+    assert figures.subsets(run, "DM loss").query("poor")["method"].tolist() == ["poor"]
+    assert figures.correlations(run)["DM loss"].rho == pytest.approx(1)
+    assert figures.correlations(run, poor=True)["DM loss"].rho < 0.5 and "BN loss" not in figures.correlations(run)
+
+
 @pytest.mark.slow
 def test_sets_under_every_regime(run, lab):
     assert not run.failed

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from common import networks
+from common.augment import rng
 from common.distilled import load
+from methods import dm
 from papers import export, notebook, readme
 from papers.plan import papers
 from papers.report import load_reported
@@ -80,10 +83,19 @@ def test_every_indented_line_is_a_command_a_program_or_a_list_of_files(tmp_path,
     others = [line for line, first in kinds.items() if first not in PROGRAMS and not re.fullmatch(LISTED, first)]
     shutil.copy(SET, tmp_path / "set.safetensors")
     monkeypatch.chdir(tmp_path)
+    assert len(others) == 6, others
+    use, copied = others[-3:], others[:-3]  # the rest are two programs, which run
     names: dict = {}
-    assert len(others) == 3, others
-    exec("\n".join(others), names)  # the rest is one program, which runs
+    exec("\n".join(use), names)
     assert names["network_input"].shape == (10, 3, 32, 32) and len(names["labels"]) == 10
+    monkeypatch.setitem(sys.modules, "dm", dm)
+    names["MyNetwork"] = lambda: networks.make("convnet1", classes=10, size=32, generator=rng(0))
+    names["images"] = names["network_input"].repeat(10, 1, 1, 1)
+    names["labels"] = names["labels"].repeat(10)
+    text = "\n".join(copied)
+    assert "20_000" in text
+    exec(text.replace("20_000", "2"), names)
+    assert names["made"]["images"].shape == (100, 3, 32, 32)
 
 
 @pytest.fixture(scope="module")

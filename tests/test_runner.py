@@ -1,6 +1,7 @@
 """The runner on digits: plan, cells, caching, budget, failures, kills.  One smoke column serves most tests."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -80,6 +81,23 @@ def test_tables_keep_printed_and_own_numbers_apart(column):
     for kind in ("md", "tex"):
         assert "64.8" in (column.folder / f"table1.{kind}").read_text()
     assert (column.folder / "figure2.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_result_of_other_settings_is_kept_and_named(column, tmp_path):
+    file = "table1_imagenette_wmdd_resnet-18_10_soft.json"
+    result = json.loads((column.folder / "cells" / file).read_text())
+    cell, planned = result["cell"], column.planned
+    for changes, other in (({}, False), ({"epochs": 25}, True), ({"epochs": 24, "one that came later": 1}, False)):
+        then = result | {"settings": {**result["settings"], "student": {**result["settings"]["student"], **changes}}}
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        (tmp_path / "cells" / file).write_text(json.dumps(then))
+        found = runner.read_results(planned, tmp_path, column.lab)
+        assert list(found) == [cell] and found[cell]["other_settings"] == other
+        rows = dataclasses.replace(column, results=found).rows("table1")
+        (row,) = (r for r in rows if (r["method"], r["dataset"], r["ipc"]) == ("WMDD", "ImageNette", 10))
+        assert row["ours"] == result["mean"]
+        assert row["status"].endswith("made with other settings than the scale has now") == other
 
 
 @pytest.mark.slow

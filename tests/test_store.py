@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,25 @@ def test_failed_build_keeps_its_scratch_and_its_error(tmp_path):
     assert store.status("teacher", {}) == "missing"
     entry = store.make("teacher", {}, [], resumes)
     assert entry.meta["resumed"] is True and names(tmp_path / "teacher") == {entry.key}
+
+
+def test_seconds_are_those_of_all_runs_up_to_their_last_checkpoints(tmp_path):
+    store, runs = Store(tmp_path), count()
+
+    def build(work: Path) -> Product:
+        time.sleep(0.2)
+        (work / "state").write_text(f"run {next(runs)}")
+        if (work / "state").read_text() != "run 2":
+            time.sleep(0.2)  # lost: it comes after the checkpoint
+            raise OSError("killed")
+        return product()
+
+    begun = time.perf_counter()
+    for _ in range(2):
+        with pytest.raises(OSError, match="killed"):
+            store.make("teacher", {}, [], build)
+    entry = store.make("teacher", {}, [], build)
+    assert 0.55 < entry.meta["seconds"] < time.perf_counter() - begun - 0.35, entry.meta
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "manifest.json", "../escape.png", "a/b.png", ""])
