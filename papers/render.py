@@ -161,16 +161,27 @@ def _notes(rows: Sequence[Row], layout: Mapping) -> list[str]:
 
 
 def _statuses(rows: Sequence[Row], layout: Mapping) -> list[str]:
-    """A line a status: how many numbers have it and which; a method's columns where others of it have another one."""
+    """A line a status: how many numbers have it, and which rows of the table, with their columns where they differ.
+
+    A row is named by its columns where others of it have another status; one that has numbers needs none for having
+    others that were not run.
+    """
     groups: dict[str, dict[str, list[str]]] = {}
     for row in sorted(rows, key=lambda row: row["ours"] is None):
         columns = groups.setdefault(row["status"], {}).setdefault(_label(row, layout["rows"]), [])
         columns.append(" ".join(_column(row, layout["columns"])))
+    own = {row["status"] for row in rows if row["ours"] is not None}
     lines = []
     for status, found in groups.items():
-        split = {label for label in found if sum(label in other for other in groups.values()) > 1}
-        names = [f"{label}: {', '.join(own)}" if label in split else label for label, own in found.items()]
-        lines.append(f"{status}: {sum(map(len, found.values()))} ({'; '.join(names)})")
+        others = [g for other, g in groups.items() if other != status and (other in own or status not in own)]
+        clauses: dict[str, list[str]] = {}  # columns -> labels
+        for label, columns in found.items():
+            split = any(label in other for other in others)
+            clauses.setdefault(", ".join(columns) if split else "", []).append(label)
+        whole = clauses.pop("", None)
+        texts = ["; ".join(whole)] if whole else []
+        texts += [f"{columns} of {'; '.join(labels)}" for columns, labels in clauses.items()]
+        lines.append(f"{status}: {sum(map(len, found.values()))} ({'; and '.join(texts)})")
     return lines
 
 

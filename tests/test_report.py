@@ -241,9 +241,9 @@ Mean ± standard deviation over 4 seeds.
 
 ## Status
 
-- not comparable: 2 (WMDD: ImageNette IPC 10; Random real (ours))
+- not comparable: 2 (WMDD; Random real (ours))
 - not run: no cell planned: 1 (DM)
-- not run: no result yet: 1 (WMDD: ImageNette IPC 1)
+- not run: no result yet: 1 (ImageNette IPC 1 of WMDD)
 """
 
 CSV = """\
