@@ -191,7 +191,8 @@ def _shown_default(item: Field) -> str:
     if default is MISSING:
         return "(required)"
     if isinstance(default, (tuple, list)):
-        return ",".join(map(str, default))
+        choices = item.metadata.get("choices", ())
+        return "(all)" if len(choices) > 1 and tuple(default) == tuple(choices) else ",".join(map(str, default))
     return str(default).lower() if default is None or isinstance(default, bool) else str(default)
 
 

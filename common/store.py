@@ -166,7 +166,13 @@ class Store:
             before = _spent(work) if resumed else 0.0
             write_atomic(work / SPENT, json.dumps({"before": before, "begun": time.time()}).encode())
         start = time.perf_counter()
-        product = build(work)
+        try:
+            product = build(work)
+        except BaseException:
+            with suppress(OSError):
+                if [file.name for file in work.iterdir()] == [SPENT]:  # nothing to go on with
+                    (work / SPENT).unlink()
+            raise
         seconds = round(before + time.perf_counter() - start, 3)
         finished = datetime.now().astimezone().isoformat(timespec="seconds")
         facts = {"settings": settings, "inputs": list(inputs), "seconds": seconds, "resumed": resumed}
