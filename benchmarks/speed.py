@@ -49,8 +49,7 @@ one iteration of each in turn. *Plain* is the method as its formulas are usually
 batches, fp32, NCHW, hooks that copy. *Tuned allocator*: with the two settings of the C library's memory that
 `run_all.sh` makes, which keep freed memory. *Over plain* is how many times faster a form is. The share is of the rate
 of one large matrix product, measured before the case in bf16 where the processor has it, else in fp32; a convolution
-that is not done as a product, or cores that were busy with other work meanwhile, can take it above 100 %. Everything
-here ran on CPUs.
+that is not done as a product, or cores that were busy with other work meanwhile, can take it above 100 %.
 """
 
 
@@ -109,13 +108,15 @@ class Worker:
 
     def ask(self) -> float:
         """Seconds of one more iteration."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, which `_line` says
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         return float(self._line())
 
     def end(self) -> int:
         """Its memory peak in bytes."""
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         peak = int(self._line())
         self.process.wait()
         return peak
@@ -126,6 +127,11 @@ class Worker:
             raise RuntimeError(f"the form {self.form!r} ended early, with exit status {self.process.wait()}")
         return line
 
+    def kill(self) -> None:
+        """Ends it, wherever it is; nothing where it has ended."""
+        self.process.kill()
+        self.process.wait()
+
 
 Turns = tuple[dict[str, list[float]], dict[str, int]]  # seconds and memory peak of each form
 
@@ -133,10 +139,14 @@ Turns = tuple[dict[str, list[float]], dict[str, int]]  # seconds and memory peak
 def side_by_side(start: Callable[[str], Worker], forms: list[str], repeats: int) -> Turns:
     """All forms alive, asked in turn; two turns more to warm up."""
     workers = {form: start(form) for form in forms}
-    for worker in workers.values():
-        worker.first()
-    turns = [{form: worker.ask() for form, worker in workers.items()} for _ in range(2 + repeats)]
-    return {form: [turn[form] for turn in turns[2:]] for form in forms}, {f: w.end() for f, w in workers.items()}
+    try:
+        for worker in workers.values():
+            worker.first()
+        turns = [{form: worker.ask() for form, worker in workers.items()} for _ in range(2 + repeats)]
+        return {form: [turn[form] for turn in turns[2:]] for form in forms}, {f: w.end() for f, w in workers.items()}
+    finally:  # those that one that failed leaves behind
+        for worker in workers.values():
+            worker.kill()
 
 
 def one_at_a_time(start: Callable[[str], Worker], forms: list[str], repeats: int) -> Turns:

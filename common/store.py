@@ -163,8 +163,8 @@ class Store:
         with _sentence(work):
             work.mkdir(exist_ok=True)
             resumed = any(file.name != SPENT for file in work.iterdir())
-            before = _spent(work) if resumed else 0.0
-            write_atomic(work / SPENT, json.dumps({"before": before, "begun": time.time()}).encode())
+        before = _spent(work) if resumed else 0.0
+        write_atomic(work / SPENT, json.dumps({"before": before, "begun": time.time()}).encode())
         start = time.perf_counter()
         try:
             product = build(work)

@@ -95,7 +95,8 @@ def train_students(
     images, target = images.to(device, wide), target.to(device)
     if weights is not None:
         if weights.shape != labels.shape or not (weights >= 0).all() or not weights.any():
-            raise ValueError(f"weights {list(weights.shape)}: needs one for each of {len(labels)} images, none below 0")
+            needs = f"one for each of {len(labels)} images, none below 0, not all of them 0"
+            raise ValueError(f"weights {list(weights.shape)}: needs {needs}")
         weights = weights.to(device, wide)
     model = _Model(make_network, images[:2], device, dtype, compile)
     test = _Test(test_images, test_labels, prepare, device, wide)

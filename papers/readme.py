@@ -6,13 +6,12 @@ The block between the two markers is generated and a test compares it with the f
 from __future__ import annotations
 
 import math
-import re
 import sys
 from pathlib import Path
 
 from common.store import write_atomic
 from papers.claims import printed_for, row_key, statuses
-from papers.plan import ROOT, SCALES, load_paper, papers
+from papers.plan import ROOT, SCALES, Paper, load_paper, papers
 from papers.report import KEY, RANDOM, TOLERANCE_POINTS, extras_rows, load_cells, load_reported
 
 README = ROOT.parent / "README.md"
@@ -41,7 +40,7 @@ def status(tables: Path) -> str:
             pairs = [(c, theirs) for c in cells if (theirs := printed_for(paper, c, printed))]
             beside[scale] = {tuple(theirs[k] for k in KEY): (c, theirs) for c, theirs in pairs}
             words = statuses(paper, scale, cells, printed)  # of the last scale, the published settings
-        beside["small"] = {k: (c, theirs) for k, (c, theirs) in beside["small"].items() if on_printed_data(c)}
+        beside["small"] = {k: (c, theirs) for k, (c, theirs) in beside["small"].items() if on_printed_data(paper, c)}
         near = sum(
             theirs["metric"] == "accuracy" and abs(c["mean"] - theirs["value"]) <= 2
             for c, theirs in beside["small"].values()
@@ -55,9 +54,10 @@ def status(tables: Path) -> str:
     return "\n".join(lines)
 
 
-def on_printed_data(cell: dict) -> bool:
-    """Whether a number was made with the data set that it is printed for, and not with one that stands in for it."""
-    return re.match(re.escape(cell["dataset"]) + r"\b", cell["run_on"], re.IGNORECASE) is not None
+def on_printed_data(paper: Paper, cell: dict, scale: str = "small") -> bool:
+    """Whether a scale runs a cell on the data set that it is printed for, and not on one that stands in for it."""
+    run, printed = (paper.scales[s]["data"].get(cell["dataset"], {}).get("dataset") for s in (scale, "paper"))
+    return run == printed is not None
 
 
 def matching(tables: Path, scale: str) -> str:

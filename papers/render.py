@@ -103,7 +103,7 @@ def _blocks(rows: Sequence[Row], layout: Mapping) -> list[Block]:
     blocks = [_block(rows, layout, "reported", "Printed in the paper", _notes(rows, layout))]
     ours = [row for row in rows if row["ours"] is not None]
     title = f"Ours ({'; '.join(dict.fromkeys(row['run_on'] for row in ours))}"
-    if all(row["status"] == "not comparable" for row in ours):
+    if all(row["status"].startswith("not comparable") for row in ours):
         title += ", not comparable with the printed numbers"
     seeds = " or ".join(str(count) for count in sorted({row["seeds"] for row in ours}))
     remark = f"Mean ± standard deviation over {seeds} seeds." if seeds != "1" else "One value each."

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,9 @@ from papers.stages import Lab, Stage
 ALGORITHMS = (*image_stages.IMAGES, *matching_stages.ALGORITHMS)
 
 __all__ = ["Args", "Run", "describe", "main", "names_scale", "parse", "run"]
+
+
+LEFT_OUT = "left out by only= or skip="
 
 
 @dataclass
@@ -66,10 +69,13 @@ class Run:
         reported = report.load_reported(plan.ROOT / self.paper.name / "reported.csv")
         chosen = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}
         rows = report.table_rows(table, cells, self.results.values(), reported, comparable, **chosen)
-        others = {tuple(r[k] for k in report.KEY) for r in self.results.values() if r.get("other_settings")}
+        regime = layout.get("label_regime", "soft")
+        regimes = ("any", regime) if regime != "any" else {r["label_regime"] for r in self.results.values()}
+        outdated = [r for r in self.results.values() if r.get("other_settings") and r["label_regime"] in regimes]
+        others = {tuple(r[k] for k in report.KEY) for r in outdated}
         for row in rows:
             if row["seeds"] and tuple(row[k] for k in report.KEY) in others:
-                row["status"] += ", made with other settings than the scale has now"
+                row["status"] = "not comparable, made with other settings than the scale has now"
         for row in rows:  # methods that have no cells at all, and why
             if row["status"].endswith("no cell planned") and row["method"] in layout.get("not_run", {}):
                 row["status"] = f"not run: {layout['not_run'][row['method']]}"
@@ -107,12 +113,12 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
             setup, wrong = None, f"failed: {error}"
         else:
             wrong = ""
-        if wrong:
-            out.append(Planned(cell, why=wrong))
-        elif setup is None:
+        if setup is None and not wrong:
             out.append(Planned(cell, why=scale["why_missing"]))
         elif cell.id not in chosen:
-            out.append(Planned(cell, why="left out by only= or skip="))
+            out.append(Planned(cell, setup, why=LEFT_OUT))
+        elif wrong:
+            out.append(Planned(cell, why=wrong))
         elif setup.sets in missing:
             out.append(Planned(cell, setup, why=missing[setup.sets]))
         else:
@@ -189,7 +195,7 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
 
 def told(p: Planned) -> bool:
     """Whether a cell has a line of its own in a list: not where it was left out or is no part of the scale."""
-    return p.setup is not None or p.why.startswith("failed")
+    return p.why.startswith("failed") or (p.setup is not None and not p.why.startswith(LEFT_OUT))
 
 
 def clock(s: float) -> str:
@@ -331,22 +337,32 @@ def result_path(cell: Cell, folder: Path) -> Path:
 def read_results(planned: list[Planned], folder: Path, lab: Lab) -> dict[str, dict]:
     """The result files of planned cells, also those of earlier runs, by cell id and in the order of the plan.
 
-    One whose settings are not those of the plan is kept and has `other_settings`, which the tables say.
+    One whose settings are not those of the plan is kept and has `other_settings`, which the tables say; where the data
+    set is not there this is not known.
     """
     found = {r["cell"]: r for r in report.load_cells(folder / "cells")}
     results = {p.cell.id: found[p.cell.id] for p in planned if p.cell.id in found}
     for p in planned:
-        if p.stages and p.cell.id in results:
-            now, then = json.loads(json.dumps(lab.facts(p.setup))), results[p.cell.id].get("settings", {})
-            results[p.cell.id]["other_settings"] = not agree(now, then)
+        if p.setup is not None and p.cell.id in results:
+            with suppress(FileNotFoundError):
+                now, then = json.loads(json.dumps(lab.facts(p.setup))), results[p.cell.id].get("settings", {})
+                results[p.cell.id]["other_settings"] = not agree(now, then)
     return results
 
 
-def agree(now, then) -> bool:
-    """Whether settings are the same where both have them: a field that came later was then what is now its default."""
-    if isinstance(now, dict) and isinstance(then, dict):
-        return all(agree(now[k], then[k]) for k in now.keys() & then.keys())
-    return now == then
+OPTIONS = ("distill", "mix", "measure")  # settings that name only what is not a default
+
+
+def agree(now: dict, then: dict) -> bool:
+    """Whether two results have the same settings.
+
+    A field that only one of them has came later, and was then what is now its default; an option counts either way.
+    """
+    return all(
+        agree(now[k], then[k]) if isinstance(now[k], dict) and isinstance(then[k], dict) and k not in OPTIONS
+        else now[k] == then[k]
+        for k in now.keys() & then.keys()
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- report

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common import networks, teachers
 from common.augment import rng
-from common.datasets import Dataset, Stream, load
+from common.datasets import SHORT_SIDE, Dataset, Stream, load
 from common.datasets_table import INFO
 from common.hardware import precision_name, recorded, resolve_precision
 from common.labels import Keep, Loss, Online, Stored, kd_loss, relabel
@@ -225,11 +225,11 @@ class Lab:
 
     def run_on(self, setup: Setup | MatchingSetup) -> str:
         """What a number was made with, to be said beside it: CIFAR and SVHN kept as JPEG are not the published sets."""
-        matching = isinstance(setup, MatchingSetup)
+        matching, known, files = isinstance(setup, MatchingSetup), INFO.get(setup.dataset), ""
         train = matching_stages.setting_of(self, setup).train if matching else self.data(setup.dataset, "train")
-        known = INFO.get(setup.dataset)
-        varies = known is not None and known.size is None and not isinstance(train, Stream)
-        files = f", from files of {train.short_side} px" if varies else ""  # sets that come in several editions
+        if known is not None and known.size is None and not isinstance(train, Stream):  # it comes in several editions
+            side = self.data(setup.dataset, "train").short_side
+            files = f", from files of {side} px{' or more' if side == SHORT_SIDE else ''}"
         lossy = setup.dataset in ("cifar10", "cifar100", "svhn") and "JPEG files" in train.note
         return f"{setup.run_on}{files}{' kept as JPEG files' if lossy else ''}"
 

@@ -17,7 +17,7 @@ from common import cli, distributed, teachers
 from common.store import Product
 from common.views import Recipe
 from papers import arguments, runner
-from papers.plan import load_paper
+from papers.plan import load_paper, select
 from papers.stages import Lab, Stage
 
 KEYS = ("paper", "scale", "only", "skip", "device", "precision", "data", "store")  # of a run, that decide on a teacher
@@ -47,7 +47,8 @@ def teacher_stages(args: arguments.Args) -> dict[str, Stage]:
     planned = runner.make_plan(args, load_paper(args.paper), lab)
     stages = {lab.key(s): s for p in planned for top in p.stages for s in top.all() if s.name == "teacher"}
     if not stages:
-        whys = {p.why for p in planned if not p.why.startswith("left out")}
+        asked = {cell.id for cell in select([p.cell for p in planned], args.only, args.skip)}
+        whys = {p.why for p in planned if p.cell.id in asked}
         reason = "the cells asked for have none" if "" in whys else "; ".join(sorted(whys))
         raise ValueError(f"no teacher to train: {reason}")
     return stages
