@@ -92,6 +92,9 @@ def guard(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at the end
+        return 141
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             traceback.print_exc()

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import cli, matching, networks, teachers
+from common import cli, distilled, matching, networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, info, load
+from common.datasets_table import NORMALISATION
 from common.distilled import DistilledSet, grid
 from common.hardware import bf16_is_fast, hardware, precision_name, recorded, resolve_device, resolve_precision
 from common.labels import Online
@@ -27,7 +28,10 @@ from common.store import Checkpoint, Entry, Product, Store, write_atomic
 from common.train import accuracy, fit
 from common.views import Recipe, normalise
 
-__all__ = ["Common", "Matching", "arg", "keep", "parse", "run_matching", "run_with_teacher", "train_and_test"]
+__all__ = [
+    "Common", "Matching", "WithSet", "arg", "keep", "parse", "read_set", "run_matching", "run_with_teacher",
+    "train_and_test",
+]  # fmt: skip
 
 
 def arg(default, help: str, **facts):
@@ -65,6 +69,17 @@ class Matching(Common):
     protocol: str = arg("", "how students are trained; empty: the method's own", choices=("", *PROTOCOLS))
 
 
+@dataclass(frozen=True)
+class WithSet(Common):
+    """Arguments of what trains students on a set that is there already."""
+
+    set: str = arg("", "distilled set, a file or folder of any known layout; empty: random real images")
+    ipc: int = arg(10, "images per class where set= is empty", unit="images", minimum=1)
+    normalisation: str = arg("", "constants of a .pt file; empty: the data set's own", choices=("", *NORMALISATION))
+    zca: bool = arg(False, "whiten set and real images; files of white pixels (images_zca_*): with normalisation=none")
+    network: str = arg("", "the student; empty: the ConvNet of the papers for this size")
+
+
 def parse(argv: list[str], name: str, shared: type, config_class: type, published: Mapping):
     """(arguments, config, device) with published settings in the fields that were not given, precision resolved."""
     taken = {f.name for f in fields(shared)}
@@ -96,6 +111,38 @@ def keep(result: DistilledSet, args, name: str) -> None:
     result.save(target)
     write_atomic(target.with_suffix(".png"), grid(result.images[: 10 * args.ipc], min(args.ipc, 10)))
     print(f"distilled set: {target}\npicture: {target.with_suffix('.png')}", flush=True)
+
+
+def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matching.Setting, dict[str, Tensor]]:
+    """The data set, brought to the size and space of the distilled one, and the latter as network input."""
+    setting = partial(
+        matching.setting, args.dataset, args.data or None, device=device, network=args.network, zca=args.zca,
+        store=store,
+    )  # fmt: skip
+    on = setting(size=args.size)
+    if not args.set:
+        return on, matching.random_subset(on, args.ipc, args.seed)
+    channels = on.train.images.shape[1]
+    constants = NORMALISATION.get(args.normalisation, (on.train.mean, on.train.std))
+    own = distilled.load(args.set, mean=constants[0][:channels], std=constants[1][:channels])
+    if len(own.classes) != len(on.train.classes):
+        raise ValueError(f"{args.set} has {len(own.classes)} classes, {args.dataset} {len(on.train.classes)}")
+    if own.images.shape[1:] != on.train.images.shape[1:]:
+        (found, _, side), wanted = own.images.shape[1:], tuple(on.train.images.shape[1:])
+        if args.size or found != channels or own.images.shape[2] != side:
+            raise ValueError(f"{args.set} has images [C, H, W] {list(own.images.shape[1:])}, here {list(wanted)}")
+        on = setting(size=side)
+    if own.whitening and own.whitening["fitted_on"] != on.train.fingerprint:
+        raise ValueError(f"{args.set} was whitened on other images than the training set of {args.dataset} found here")
+    if args.zca or own.whitening:
+        on = replace(on, whitened=True)
+        images = on.zca(own.images.to(device)).cpu()
+    else:
+        on = replace(on, train=replace(on.train, mean=own.mean, std=own.std))
+        images = own.normalised()
+    lr = None if own.student_lr is None else torch.tensor(own.student_lr)
+    tensors = {"images": images, "labels": own.labels, "soft_labels": own.soft_labels, "weights": own.weights, "lr": lr}
+    return on, {name: t.contiguous() for name, t in tensors.items() if t is not None}
 
 
 # ---------------------------------------------------------------- DC, DSA, DM, MTT, DATM

@@ -12,28 +12,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import cli, distilled, matching
+from common import cli, matching
 from common.augment import rng
 from common.datasets import Stream, load
-from common.datasets_table import NORMALISATION
 from common.distilled import grid
 from common.hardware import hardware, recorded, resolve_device
-from common.script import Common, arg
+from common.script import WithSet, arg, read_set
 from common.store import Checkpoint, Product, Store, digest, write_atomic
 
 __all__ = ["run_mixing"]
 
 
 @dataclass(frozen=True)
-class Mixing(Common):
+class Mixing(WithSet):
     """Arguments of natural mixing, which trains on a set that is there already."""
 
-    set: str = arg("", "distilled set, a file or folder of any known layout; empty: random real images")
-    ipc: int = arg(10, "images per class where set= is empty", unit="images", minimum=1)
-    normalisation: str = arg("", "constants of a .pt file; empty: the data set's own", choices=("", *NORMALISATION))
-    zca: bool = arg(False, "whiten set and real images; files of white pixels (images_zca_*): with normalisation=none")
     pool: str = arg("", "what is mixed in: the training set (empty), fractals, or another data set by name")
-    network: str = arg("", "the student; empty: the ConvNet of the papers for this size")
     students: int = arg(1, "students of each kind", minimum=1)
     cross: bool = arg(False, "all four: with and without mixing, with and without augmentation")
     out: str = arg("out", "folder for a picture of mixed images")
@@ -52,7 +46,7 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
     device = resolve_device(args.device)
     print(f"natural mixing on {hardware(device)}\n" + "  ".join(f"{k}={v}" for k, v in asdict(args).items()))
     store = Store(Path(args.store).expanduser())
-    on, tensors = _set_to_mix(args, device, store)
+    on, tensors = read_set(args, device, store)
     pool = method.Pool.of(*_real_to_mix(args, on, method), device, on.prepare)
     mixed = method.mixed_epoch(tensors["images"].to(device), tensors["labels"], pool, config, rng(args.seed, "picture"))
     target = Path(args.out).expanduser() / f"natural_mixing_{args.dataset}.png"
@@ -77,29 +71,6 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
                 f"({len(found)} students, last epoch)",
                 flush=True,
             )
-
-
-def _set_to_mix(args: Mixing, device: torch.device, store: Store) -> tuple[matching.Setting, dict[str, Tensor]]:
-    """The data set, brought to the space of the distilled one, and the latter as network input."""
-    on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
-                          zca=args.zca, store=store)  # fmt: skip
-    if not args.set:
-        return on, matching.random_subset(on, args.ipc, args.seed)
-    channels = on.train.images.shape[1]
-    constants = NORMALISATION.get(args.normalisation, (on.train.mean, on.train.std))
-    own = distilled.load(args.set, mean=constants[0][:channels], std=constants[1][:channels])
-    if len(own.classes) != len(on.train.classes):
-        raise ValueError(f"{args.set} has {len(own.classes)} classes, {args.dataset} {len(on.train.classes)}")
-    if own.whitening and own.whitening["fitted_on"] != on.train.fingerprint:
-        raise ValueError(f"{args.set} was whitened on other images than the training set of {args.dataset} found here")
-    if args.zca or own.whitening:
-        on = replace(on, whitened=True)
-        images = on.zca(own.images.to(device)).cpu()
-    else:
-        on = replace(on, train=replace(on.train, mean=own.mean, std=own.std))
-        images = own.normalised()
-    tensors = {"images": images, "labels": own.labels, "soft_labels": own.soft_labels}
-    return on, {name: t.contiguous() for name, t in tensors.items() if t is not None}
 
 
 def _real_to_mix(args: Mixing, on: matching.Setting, method: ModuleType) -> tuple[Tensor, Tensor | None]:

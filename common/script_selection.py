@@ -20,7 +20,7 @@ from common.selection import augment_of, scored, trial
 from common.store import Checkpoint, Entry, Product, Store
 from common.train import accuracy, fit
 
-__all__ = ["run_cad", "run_selection"]
+__all__ = ["own_teacher", "run_cad", "run_selection"]
 
 
 # ---------------------------------------------------------------- coresets
@@ -96,7 +96,7 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
     method.check(config, on.train.images, on.train.labels, on.make_network(rng(args.seed)))
     teacher, inputs = None, (on.train.fingerprint,)
     if config.method == "ca2d":
-        teacher, entry = _teacher(store, on, args, device)
+        teacher, entry = own_teacher(store, on, args, device)
         inputs = (*inputs, entry.key)
     facts = {**matching.facts(on, args.seed), "config": asdict(config)}
     made = store.make(
@@ -115,8 +115,8 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
     train_and_test(store, made, on, inputs_of_students, protocol, args, device)
 
 
-def _teacher(store: Store, on: matching.Setting, args: Pruning, device: torch.device) -> tuple[nn.Module, Entry]:
-    """A network of the students' kind, trained on the whole set."""
+def own_teacher(store: Store, on: matching.Setting, args, device: torch.device) -> tuple[nn.Module, Entry]:
+    """A network of the students' kind, trained on the whole set for args.teacher_epochs."""
     recipe = replace(teachers.WMDD_TEACHER, epochs=args.teacher_epochs)
     dtype = resolve_precision(args.precision, device)
 

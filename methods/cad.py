@@ -10,8 +10,9 @@ classes: E epochs of I C images are K epochs of N,
 
     K = E I C / N                    (in the shapes below K are the classes and C the channels, as in all files here)
 
-with a whole learning-rate schedule in them.  After each epoch k the network theta^k says how well it knows the label of
-each image, S(y|x, theta^k), on clean images in eval mode.  What is being learned right now moves most:
+with a whole learning-rate schedule in them (the beginning of a longer one is worse: Table 11; full_epochs=90).  After
+each epoch k the network theta^k says how well it knows the label of each image, S(y|x, theta^k), on clean images in
+eval mode.  What is being learned right now moves most:
 
     U_k(x) = sqrt( 1/(J-1) sum_{j<J} (S(y|x, theta^{k+j}) - mean_j S(y|x, theta^{k+j}))^2 )          (Eq. 1)
     CAD(x) = 1/W sum_{k=K-J-W}^{K-J-1} U_k(x)                                                         (Eq. 2)
@@ -72,6 +73,8 @@ class Config:
     lr: float = _option(0.01, "first learning rate of the scoring run", minimum=0, source="table 1")
     schedule: str = _option("step", "a tenth after 151/300 of the run, or a cosine to 0", choices=("step", "cosine"),
                             source="table 1")  # fmt: skip
+    full_epochs: int = _option(0, "epochs of the longer run whose beginning is scored; 0: a run of its own",
+                               unit="epochs", minimum=0, source="table 11")  # fmt: skip
     batch: int = _option(256, "images of a step", unit="images", minimum=1, source="table 1")
     momentum: float = _option(0.9, "momentum of SGD", minimum=0, source="DC-Bench")
     nesterov: bool = _option(False, "Nesterov's momentum")
@@ -152,13 +155,24 @@ def drop_step(config: Config, classes: int, count: int) -> int:
     """The step at which schedule="step" drops: epoch 151 of 300, scaled; after a whole epoch where there are any."""
     *_, total = schedule(config, classes, count)
     epochs = _whole_epochs(config, classes, count)
+    if config.full_epochs:
+        epochs, total = config.full_epochs, whole_steps(config, classes, count)
     return round(epochs * 151 / 300) * (total // epochs) if epochs else round(total * 151 / 300)
 
 
-def learning_rate(config: Config, step: int, total: int, drop: int) -> float:
-    """Learning rate of a step, counted from 0."""
+def whole_steps(config: Config, classes: int, count: int) -> int:
+    """Steps of the whole learning-rate schedule: those of the run, unless it is the beginning of a longer one."""
+    *_, total = schedule(config, classes, count)
+    whole = config.full_epochs * math.ceil(count / config.batch) or total
+    if whole < total:
+        raise ValueError(f"full_epochs={config.full_epochs} are {whole} steps, shorter than the run of {total} steps")
+    return whole
+
+
+def learning_rate(config: Config, step: int, whole: int, drop: int) -> float:
+    """Learning rate of a step, counted from 0, in a schedule of so many."""
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        return config.lr * 0.5 * (1 + math.cos(math.pi * step / whole))
     return config.lr * (0.1 if step >= drop else 1.0)
 
 
@@ -297,8 +311,9 @@ def score(
     if prepare is None and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; pass network input as floats, or prepare= that makes it")
     count, labels = len(labels), labels.cpu()
-    looks, _, _, total = schedule(config, int(labels.max()) + 1, count)
-    drop, per_epoch = drop_step(config, int(labels.max()) + 1, count), math.ceil(count / config.batch)
+    classes, per_epoch = int(labels.max()) + 1, math.ceil(count / config.batch)
+    looks, _, _, total = schedule(config, classes, count)
+    drop, whole = drop_step(config, classes, count), whole_steps(config, classes, count)
     run = _Network(make_network(generator), images, labels, config, prepare, torch.device(device))
     if state is None:
         weights, still = run.net.state_dict(), {n: torch.zeros_like(p) for n, p in run.net.named_parameters()}
@@ -317,7 +332,7 @@ def score(
         rows = state.order[batch * config.batch : (batch + 1) * config.batch]
         draw = None if augment is None else augment.draw(len(rows), generator, siamese=False)
         see = lambda x, draw=draw: x if draw is None else augment(x, draw)  # noqa: E731
-        state.loss = run.learn(rows, see, learning_rate(config, state.step, total, drop), generator)
+        state.loss = run.learn(rows, see, learning_rate(config, state.step, whole, drop), generator)
         state.step, state.generator = state.step + 1, generator.get_state()
         if state.step % 50 == 0 or state.step in looks:
             state.check()
@@ -560,7 +575,7 @@ def check(config: Config, images: Tensor, labels: Tensor, teacher: nn.Module | N
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; needs as many of both, and at least one")
     counts = labels.cpu().bincount()
-    schedule(config, len(counts), len(labels))
+    whole_steps(config, len(counts), len(labels))
     if config.method == "cad":
         prune(torch.zeros(len(labels)), labels.cpu(), config.ipc)
     elif teacher is None:

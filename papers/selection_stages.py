@@ -113,17 +113,22 @@ def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Sta
         )  # fmt: skip
         return _set(on, {"images": on.inputs(made.to(on.device)), "labels": labels}, ipc)
 
-    settings = {**matching.facts(on, seed), "method": "cad", "config": asdict(config)}
+    settings = {**matching.facts(on, seed), "method": "cad", "config": _named(config)}
     what = f"{'CAD-Prune' if config.method == 'cad' else 'CA2D'}, {setup.run_on}, IPC {ipc}"
     needs = (run, *teacher)
     return lab.stage("distill", settings, (train.fingerprint, *needs), build, 0.0, what, *needs)
+
+
+def _named(config: cad.Config) -> dict:
+    """What names the store entries of a config; full_epochs came later and counts where it is used."""
+    return {name: value for name, value in asdict(config).items() if name != "full_epochs" or value}
 
 
 def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: cad.Config) -> Stage:
     def build(work: Path) -> Product:
         return Product(scored(work, on, cad, config, on.augment, 0, steps), {})
 
-    run = {name: value for name, value in asdict(config).items() if name not in SELECTS}
+    run = {name: value for name, value in _named(config).items() if name not in SELECTS}
     looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
     cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
     settings, what = {**matching.facts(on, 0), "run": run}, f"compute-matched scores, {setup.run_on}, {steps} steps"

@@ -146,8 +146,8 @@ def test_the_least_number_of_epochs_is_an_option():
 
 def rates(config, classes=10, count=50_000):
     *_, total = cad.schedule(config, classes, count)
-    drop = cad.drop_step(config, classes, count)
-    return torch.tensor([cad.learning_rate(config, step, total, drop) for step in range(total)])
+    drop, whole = cad.drop_step(config, classes, count), cad.whole_steps(config, classes, count)
+    return torch.tensor([cad.learning_rate(config, step, whole, drop) for step in range(total)])
 
 
 @pytest.mark.parametrize(("ipc", "drop"), [(100, 3 * 196), (500, 15 * 196), (50, 295), (1, 6)])
@@ -156,6 +156,16 @@ def test_the_drop_of_the_rate_is_scaled(ipc, drop):
     found = rates(Config(ipc=ipc))
     assert (found[:drop] == 0.01).all() and torch.allclose(found[drop:], torch.tensor(0.001))
     assert 0 < drop < len(found)
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_the_beginning_of_a_longer_run_has_its_rates(schedule):
+    long = Config(ipc=500, schedule=schedule)  # 30 epochs
+    early = Config(ipc=100, schedule=schedule, full_epochs=30)  # the first 6 of them
+    assert torch.equal(rates(early), rates(long)[: 6 * 196])
+    assert not torch.equal(rates(early), rates(Config(ipc=100, schedule=schedule)))
+    with pytest.raises(ValueError, match="full_epochs=5 are 980 steps, shorter than the run of 1176 steps"):
+        cad.whole_steps(replace(early, full_epochs=5), 10, 50_000)
 
 
 def test_the_cosine_spans_the_run():

@@ -1,6 +1,8 @@
 """Arguments: every wrong one is refused with what is allowed, every right one arrives as typed."""
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -167,6 +169,13 @@ def test_guard_says_one_sentence(capsys, monkeypatch, error, status, words):
     monkeypatch.setenv("DD_DEBUG", "1")
     guard(main, ["ipc=1"])
     assert ("Traceback" in capsys.readouterr().err) == ("Traceback" in said)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "import sys; from common.cli import guard; sys.exit(guard(lambda a: print('x' * 10**6, flush=True), []))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_guard_lets_bugs_through():

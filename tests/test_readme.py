@@ -164,6 +164,9 @@ def test_command(command, run, place, capsys):
         case ["python", "-m", "common.distilled", *words]:
             status, said, wrong = run(runpy.run_module, "common.distilled", words)
             assert status == 0 and said and max(map(len, said.splitlines())) <= 100, (said, wrong)
+        case ["python", "-m", "common.evaluate", *keys]:  # tests/test_evaluate.py goes on where the data is
+            status, said, wrong = run(runpy.run_module, "common.evaluate", keys)
+            assert status == 1 and wrong.startswith("error: data set 'cifar10' needs a root folder"), (said, wrong)
         case ["python", "-m", "papers.export", *keys]:  # tests/test_export.py runs it on a store that has sets
             args, out, _ = export.parse(keys)
             status, _, wrong = run(runpy.run_module, "papers.export", keys)

@@ -1,0 +1,113 @@
+"""Students of any distilled set by a named protocol, beside random real images: `python -m common.evaluate`.
+
+    python -m common.evaluate set=FILE dataset=cifar10 protocol=hard-truths-soft data=~/data
+
+Random real images, as many of each class and drawn anew for each student, are what a set must beat under the same
+protocol. A protocol with a teacher's labels trains one of the students' kind on all training images first. Finished
+parts are kept in the store; a result file says how the numbers were made.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics as stats
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import cli, matching
+from common.hardware import hardware, recorded, resolve_device
+from common.protocols import PROTOCOLS
+from common.script import WithSet, arg, read_set
+from common.script_selection import own_teacher
+from common.store import Store, digest, write_atomic
+from common.views import normalise
+
+__all__ = ["Evaluation", "run"]
+
+
+@dataclass(frozen=True)
+class Evaluation(WithSet):
+    """Arguments of an evaluation."""
+
+    protocol: str = arg("hard-truths-hard", "how students are trained", choices=tuple(PROTOCOLS))
+    epochs: int = arg(0, "passes over the set; 0: those of the protocol", unit="epochs", minimum=0)
+    students: int = arg(3, "students, each with a seed of its own", minimum=1)
+    random: bool = arg(True, "also students of random real images")
+    teacher_epochs: int = arg(50, "epochs of the teacher, where the protocol has one", unit="epochs", minimum=1)
+    precision: str = arg("auto", "arithmetic of the teacher; auto: by the device", choices=("auto", "bf16", "fp32"))
+    out: str = arg("out", "folder for the result, a JSON file")
+
+
+def run(argv: list[str]) -> dict:
+    """Train the students that are not in the store, print their accuracies, write the result file and return it."""
+    purpose = "Students of a distilled set by a named protocol, beside students of random real images."
+    args = cli.parse(Evaluation, argv, prog="python -m common.evaluate", description=purpose)
+    device, store = resolve_device(args.device), Store(Path(args.store).expanduser())
+    print(f"evaluation on {hardware(device)}\n" + "  ".join(f"{k}={v}" for k, v in asdict(args).items()), flush=True)
+    protocol = PROTOCOLS[args.protocol]
+    protocol = replace(protocol, epochs=args.epochs or protocol.epochs)
+    on, tensors = read_set(args, device, store)
+    if protocol.lr is None and "lr" not in tensors:
+        raise ValueError(f"protocol={protocol.name} trains with a step size learned with the images; the set has none")
+    if protocol.labels == "soft" and "soft_labels" not in tensors:
+        raise ValueError(f"protocol={protocol.name} trains on soft labels of the set; the set has none")
+    say, inputs = None, [on.train.fingerprint, on.test.fingerprint]
+    if protocol.labels in ("kl", "online"):
+        teacher, entry = own_teacher(store, on, args, device)
+        say, inputs = _logits(teacher, on), [*inputs, entry.key]
+
+    def accuracies(made: dict[str, Tensor], seeds: list[int]) -> tuple[list[float], dict]:
+        def build(work: Path):
+            labels = {"soft_labels": torch.cat([say(x) for x in made["images"].split(100)])} if teach_once else {}
+            online = say if protocol.labels == "online" else None
+            return matching.students(work, on, {**made, **labels}, protocol, seeds, teacher=online)
+
+        teach_once = protocol.labels == "kl"
+        settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": seeds}
+        tested = store.make("students", settings, (digest(made), *inputs), recorded(build, device))
+        return tested.meta["accuracies"], tested.meta
+
+    counts = tensors["labels"].bincount(minlength=len(on.train.classes))
+    name, seeds = args.set or "random real images", list(range(args.seed, args.seed + args.students))
+    print(f"{name}: {len(tensors['labels'])} images of {len(counts)} classes, {on.size} px, {on.network}", flush=True)
+    found, meta = accuracies(tensors, seeds)
+    result = {"set": name, "accuracies": found, "protocol": asdict(protocol), "seeds": seeds, "made": meta}
+    result |= {"arguments": asdict(args), "tested_on": len(on.test), "network": on.network}
+    _say(name, found, protocol.name, len(on.test))
+    if args.random and args.set and protocol.labels != "soft":  # random images bring no soft labels of their own
+        few, drawn = int(counts.max()), []
+        extra = {k: tensors[k] for k in ("lr",) if k in tensors}
+        for seed in seeds:
+            drawn += accuracies({**matching.random_subset(on, few, seed), **extra}, [seed])[0]
+        result["random_real"] = drawn
+        _say(f"random real images, {few} a class", drawn, protocol.name, len(on.test))
+    target = Path(args.out).expanduser() / f"evaluate_{args.dataset}_{protocol.name}_{digest(tensors)[:8]}.json"
+    write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"result: {target}")
+    return result
+
+
+def _logits(teacher: torch.nn.Module, on: matching.Setting) -> Callable[[Tensor], Tensor]:
+    """The teacher on a student's input: back to pixels, and on by the teacher's own normalisation."""
+
+    @torch.no_grad()
+    def say(x: Tensor) -> Tensor:
+        return teacher(normalise(on.pixels(x.to(on.device)) * 255, on.train.mean, on.train.std)).float()
+
+    return say
+
+
+def _say(name: str, found: list[float], protocol: str, tested: int) -> None:
+    spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
+    students = f"{len(found)} students" if len(found) > 1 else "1 student"
+    print(f"{name}: {stats.fmean(found):.2f}{spread} % on {tested} test images ({students}, {protocol}, last epoch)",
+          flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(run, sys.argv[1:]))
