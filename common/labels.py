@@ -20,7 +20,7 @@ from common.hardware import autocast
 from common.store import Checkpoint
 from common.views import Recipe, normalise, steps_per_epoch, views
 
-__all__ = ["Keep", "Labels", "Loss", "Online", "Stored", "hard_loss", "kd_loss", "relabel"]
+__all__ = ["Fixed", "Keep", "Labels", "Loss", "Online", "Stored", "hard_loss", "kd_loss", "relabel"]
 
 Keep = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [B, K], labels [B], partners' labels [B] -> [B, ...]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # student's logits, kept, labels, partners' labels -> scalar
@@ -44,9 +44,9 @@ def hard_loss(logits: Tensor, labels: Tensor, partner: Tensor, share: float) -> 
 
 
 class Labels(Protocol):
-    """Where the soft labels of a step come from."""
+    """Where the soft labels of a step come from; rows: int64 [B], which images of the set these are views of."""
 
-    def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor) -> Tensor: ...
+    def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor, rows: Tensor) -> Tensor: ...
 
 
 class Stored:
@@ -55,8 +55,24 @@ class Stored:
     def __init__(self, kept: Tensor):
         self.kept = kept
 
-    def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor) -> Tensor:
+    def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor, rows: Tensor) -> Tensor:
         return self.kept[step, : len(images)].to(images.device)
+
+
+class Fixed:
+    """One label an image, whatever the view: what the teacher says of the image as it is, fp16 [M, K]."""
+
+    @torch.no_grad()
+    def __init__(self, teacher: nn.Module, data: Dataset, size: int, dtype: torch.dtype = torch.bfloat16):
+        teacher, said = teacher.eval(), []
+        for pixels in data.center(size).split(100):
+            x = normalise(pixels.to(data.labels.device), data.mean, data.std)
+            with autocast(x.device, dtype):
+                said.append(teacher(x).half())
+        self.kept = torch.cat(said)
+
+    def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor, rows: Tensor) -> Tensor:
+        return self.kept[rows]
 
 
 class Online:
@@ -69,7 +85,7 @@ class Online:
         self.teacher, self.dtype, self.keep = teacher.eval().requires_grad_(False), dtype, keep
 
     @torch.no_grad()
-    def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor) -> Tensor:
+    def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor, rows: Tensor) -> Tensor:
         with autocast(images.device, self.dtype):
             logits = self.teacher(images)
         return (logits if self.keep is None else self.keep(logits.float(), y, partner)).half()
@@ -90,9 +106,9 @@ def relabel(
     labels = data.labels.to(device)
     bar = tqdm(total=total, initial=start, desc="relabel", unit="step", leave=False, disable=None)
     for view in views(data, recipe, size, seed, start):
-        y = labels[view.indices.to(device)]
-        images = normalise(view.pixels.to(device), data.mean, data.std)
-        z = label(view.step, images, y, y[view.permutation.to(device)]).cpu()
+        rows = view.indices.to(device)
+        images, y = normalise(view.pixels.to(device), data.mean, data.std), labels[rows]
+        z = label(view.step, images, y, y[view.permutation.to(device)], rows).cpu()
         if kept is None:
             kept = torch.zeros(total, min(recipe.batch, len(labels)), *z.shape[1:], dtype=torch.half)
         kept[view.step, : len(z)] = z

@@ -100,18 +100,18 @@ def fit(
             group["lr"] = learning_rate(recipe, view.epoch)
         model.train()
         images = normalise(view.pixels[own].to(device), data.mean, data.std)
-        y = labels[view.indices.to(device)]
-        y, partner = y[own], y[view.permutation.to(device)][own]
+        shown = view.indices.to(device)
+        y, partner, shown = labels[shown][own], labels[shown][view.permutation.to(device)][own], shown[own]
         drops = rng(seed if masks is None else masks, "network", view.step, distributed.rank())
         with seeded(torch.device(device), drops), autocast(device, dtype):
             logits = model(images)
         if soft is None:
             value = hard_loss(logits, y, partner, view.share)
         elif loss is not None:
-            value = loss(logits.float(), soft(view.step, images, y, partner).float(), y, partner)
+            value = loss(logits.float(), soft(view.step, images, y, partner, shown).float(), y, partner)
         else:
             w = None if weights is None else weights.to(device)[view.indices.to(device)]
-            value = kd_loss(logits, soft(view.step, images, y, partner), recipe.temperature, w)
+            value = kd_loss(logits, soft(view.step, images, y, partner, shown), recipe.temperature, w)
         optimizer.zero_grad(set_to_none=True)
         value = value * distributed.weight(len(y), device)
         value.backward()

@@ -372,6 +372,8 @@ def write_report(finished: Run) -> None:
     """Tables as CSV, Markdown and LaTeX, extras beside them, and the figures where plotting packages are there."""
     for table, layout in finished.paper.tables.items():
         rows = finished.rows(table)
+        if not rows:  # nothing printed, and no cells at this scale
+            continue
         report.write_table(rows, layout, finished.folder)
         if "label_regime" in layout:  # one regime only: nothing to set soft against hard labels
             continue

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 from common import teachers
 from common.datasets import info
+from common.protocols import large_scale
 from common.views import Recipe
 from methods import nrr_dd, rded, sre2l
 from papers import matching_stages
@@ -46,7 +47,8 @@ class Setup:
     student: Recipe
     distill: Mapping  # fields of the method's Config
     regime: str = "soft"  # soft, hard, compact or boundary labels
-    labels: str = "stored"  # soft labels: stored, recomputed from the seed, or online (views of each student's own)
+    labels: str = "stored"  # soft ones: of each view, stored, recomputed from the seed or online (of the student's own
+    # views), or one for each image, fixed
     shorter: int | None = None
 
     @property
@@ -87,7 +89,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
         _student(scale, layers, cell, data["dataset"], networks[cell.arch], 1 if size < 128 else 2),
         _distill(layers, cell, data["dataset"], scale.get("method", "wmdd")),
         cell.label_regime,
-        scale.get("labels", "stored"),
+        "fixed" if cell.protocol == "hard-truths-large-soft" else scale.get("labels", "stored"),
         data.get("shorter"),
     )
 
@@ -104,7 +106,11 @@ def _distill(layers: list[Mapping], cell: Cell, dataset: str, method: str) -> di
 
 def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, network: str, factor: int) -> Recipe:
     base: dict = {}
-    if scale.get("protocol") == "rded-2024":
+    if cell.protocol:
+        base = large_scale(cell.protocol, cell.ipc, info(dataset).classes)
+        if cell.algorithm in STITCHED:
+            base |= {"shuffle": factor, "crop": 1 / factor}
+    elif scale.get("protocol") == "rded-2024":
         base = rded.student_recipe(dataset, info(dataset).classes, network, factor, cell.ipc)
         if cell.algorithm not in STITCHED:
             base |= {"shuffle": 1}

@@ -20,7 +20,7 @@ from common.augment import rng
 from common.datasets import SHORT_SIDE, Dataset, Stream, load
 from common.datasets_table import INFO
 from common.hardware import precision_name, recorded, resolve_precision
-from common.labels import Keep, Loss, Online, Stored, kd_loss, relabel
+from common.labels import Fixed, Keep, Loss, Online, Stored, kd_loss, relabel
 from common.networks import forward_flops
 from common.store import Checkpoint, Entry, Product, Store
 from common.train import accuracy, fit
@@ -176,11 +176,12 @@ class Lab:
         """One student after its last epoch, and for RDED's recipe the best of the epochs that its code tests.
 
         setup.labels: "stored" reads the teacher's labels, "recomputed" asks it again for the same views and stores
-        nothing, "online" asks it for views that are the student's own.
+        nothing, "online" asks it for views that are the student's own, "fixed" asks it once for each image as it is.
         """
         recipe, test, network = setup.student, self.data(setup.dataset, "test"), setup.student_network
         soft, stored = recipe.labels == "soft", setup.labels == "stored"
         needs = [images] + ([self.labels(setup, images) if stored else self.teacher(setup)] if soft else [])
+        shared = soft and setup.labels in ("stored", "recomputed")  # the views that the labels are of
         keep, loss = KEPT.get(setup.regime), _loss(setup)
         steps, batch = self._steps(setup)
 
@@ -189,6 +190,8 @@ class Lab:
             views, history, source = self.test_views(setup.dataset, setup.size, setup.shorter), [], None
             if soft and stored:
                 source = Stored(self.entry(needs[1]).tensors()["logits"])
+            elif soft and setup.labels == "fixed":
+                source = Fixed(self.restored(needs[1]), data, setup.size, self.dtype)
             elif soft:
                 source = Online(self.restored(needs[1]), self.dtype, keep)
             tested = tested_epochs(recipe)
@@ -198,7 +201,7 @@ class Lab:
 
             net = networks.make(network, classes=len(data.classes), size=setup.size, generator=rng(seed, "student"))
             net = fit(
-                net, data, recipe, size=setup.size, seed=STREAM_SEED if soft and setup.labels != "online" else seed,
+                net, data, recipe, size=setup.size, seed=STREAM_SEED if shared else seed,
                 masks=seed, device=self.device, dtype=self.dtype, soft=source, loss=loss,
                 weights=weights if soft else None, checkpoint=Checkpoint(work / "state.safetensors"), history=history,
                 on_epoch=lambda epoch, net: top1(net) if epoch in tested else None, description=f"student {network}",

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from common import matching
-from common.protocols import PROTOCOLS
+from common.protocols import PROTOCOLS, large_scale
 from common.store import Store
+from common.views import Recipe
 from methods import cad, coresets
 from papers import matching_stages, report, runner, setups
 from papers.hard_truths import figures
@@ -50,6 +51,48 @@ def test_the_regimes_are_those_of_the_supplement():
     assert [hard, soft, online] == [PROTOCOLS[f"hard-truths-{name}"] for name in ("hard", "soft", "online")]
     assert (hard.passes, hard.lr, hard.batch) == (301, 0.01, 256)
     assert (soft.labels, online.labels, soft.temperature) == ("kl", "online", 20.0)
+
+
+@pytest.mark.parametrize(("ipc", "batch"), [(1, 50), (10, 50), (50, 128), (100, 200), (500, 200)])
+def test_the_regimes_at_imagenet_scale_are_those_of_the_supplement(ipc, batch):
+    hard, soft, online = (
+        Recipe(**large_scale(f"hard-truths-large-{name}", ipc, 1000)) for name in ("hard", "soft", "online")
+    )
+    assert (hard.batch, hard.epochs, hard.optimizer, hard.lr, hard.labels) == (batch, 200, "sgd", 0.5, "hard")
+    for recipe in (soft, online):
+        assert (recipe.batch, recipe.epochs, recipe.optimizer, recipe.lr) == (128, 200, "adamw", 1e-3)
+        assert (recipe.temperature, recipe.warmup, recipe.labels, recipe.schedule) == (20.0, 5, "soft", "cosine")
+    assert (hard.cutmix, soft.cutmix, online.cutmix) == (False, False, True)
+    with pytest.raises(ValueError, match="'hard-truths-hard' is unknown at ImageNet scale; allowed: hard-truths-large"):
+        large_scale("hard-truths-hard", ipc, 1000)
+
+
+def test_cells_of_imagenet_scale_get_them():
+    _, random = setup("paper", "table9/imagenet-1k/random/hl/resnet-50/100/own")
+    _, crops = setup("paper", "table9/imagenet-1k/rded/hl/resnet-50/100/own")
+    assert (random.network, random.student_network, random.size) == ("resnet18", "resnet50", 224)
+    assert (random.student.shuffle, random.student.crop, crops.student.shuffle, crops.student.crop) == (1, 0.08, 2, 0.5)
+    labels = [setup("paper", f"regimes-large/imagenette/sre2l/{r}/resnet-18/10/own")[1] for r in ("hl", "sl", "sl+kd")]
+    assert [s.student.labels for s in labels] == ["hard", "soft", "soft"]
+    assert [s.labels for s in labels[1:]] == ["fixed", "online"]
+    assert [(s.student.batch, s.student.lr) for s in labels] == [(50, 0.1), (50, 1e-3), (50, 1e-3)]
+    assert setup("paper", "table7/imagenet-1k/cad-prune/hl/resnet-18/10/own")[1] is None  # a stream
+
+
+@pytest.mark.slow
+def test_the_three_regimes_at_imagenet_scale_on_digits(lab):
+    scale = {**PAPER.scales["paper"], "teacher": {"epochs": 1}, "student": {"epochs": 6}}
+    digits = {"dataset": "digits", "size": 16, "run_on": "digits", "networks": {"ResNet-18": "convnet2-w32"}}
+    losses = {}
+    for cell in PAPER.cells_at("paper"):
+        if cell.table == "regimes_large" and (cell.method, cell.ipc) == ("Random", 10):
+            chosen = setups.setup_of({**scale, "data": {"ImageNette": digits}}, cell)
+            (stage,) = lab.students(cell, chosen, (0,))
+            assert ("teacher" in [s.name for s in stage.all()]) == (cell.setting != "HL")
+            made = lab.entry(stage).meta
+            losses[cell.setting] = made["losses"][0][1]
+            assert 0 <= made["accuracies"][0] <= 100 and made["settings"]["recipe"]["name"] == cell.protocol
+    assert len(set(losses.values())) == 3 == len(losses)
 
 
 def test_published_settings_reach_the_selections():

@@ -12,7 +12,7 @@ from common import networks
 from common.augment import apply_cutmix, rng
 from common.datasets import Dataset
 from common.hardware import resolve_device, resolve_precision
-from common.labels import Online, Stored, kd_loss, relabel
+from common.labels import Fixed, Online, Stored, kd_loss, relabel
 from common.store import Checkpoint
 from common.train import accuracy, fit
 from common.views import Recipe, learning_rate, normalise, steps_per_epoch, views
@@ -103,6 +103,33 @@ def test_stored_and_recomputed_labels_give_the_same_student(data, dtype):
     one = student(data, recipe, Stored(logits), dtype=dtype)
     two = student(data, recipe, Online(teacher, dtype), dtype=dtype)
     assert torch.equal(one, two)
+
+
+def test_a_fixed_label_is_that_of_the_image_as_it_is(data):
+    """Whatever the view; images of another size are brought to that of the student first."""
+    teacher = network()
+    fixed = Fixed(teacher, data, 16, torch.float32)
+    with torch.no_grad():
+        wanted = teacher(normalise(data.center(16), MEAN, STD))
+    torch.testing.assert_close(fixed.kept.float(), wanted, atol=2e-3, rtol=2e-3)
+    rows, two = torch.tensor([3, 0, 3]), torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for step, view in enumerate(two):
+        assert torch.equal(fixed(step, view, rows, rows, rows), fixed.kept[rows])
+
+
+def test_students_learn_fixed_labels(data):
+    """Each row of a batch meets the label of its own image: with one step the loss is that of a plain loop."""
+    recipe, teacher = Recipe(epochs=1, batch=len(data), cutmix=False), network()
+    history, fixed = [], Fixed(teacher, data, 16, torch.float32)
+    fit(network(), data, recipe, size=16, seed=7, device=CPU, dtype=torch.float32, soft=fixed, history=history)
+    (view,) = views(data, recipe, 16, 7)
+    net, losses = network().train(), []
+    with torch.no_grad():
+        logits = net(normalise(view.pixels, MEAN, STD))
+        for said, row in zip(logits, view.indices, strict=True):
+            q, p = (fixed.kept[row].float() / 20).softmax(0), (said / 20).softmax(0)
+            losses.append((q * (q / p).log()).sum())
+    assert history[0][1] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
 
 
 def test_less_than_the_logits_may_be_kept(data):
