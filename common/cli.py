@@ -17,6 +17,7 @@ each of them or None (`budget=none`). A field without a default must be given.
 
 import math
 import os
+import select
 import sys
 import textwrap
 import traceback
@@ -82,7 +83,19 @@ def guard(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
     UsageError, ValueError, OSError and RuntimeError become one sentence on stderr; `debug=true` among the arguments,
     or DD_DEBUG=1 in the environment, prints the traceback before it. Other exceptions are bugs and pass through.
+    141, without a word: whoever read the output has gone, as `| head` does.
     """
+    status = _status(main, argv)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = 141
+    if status == 141:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes once more, and complains
+    return status
+
+
+def _status(main: Callable[[list[str]], None], argv: list[str]) -> int:
     debug = "debug=true" in argv or os.environ.get("DD_DEBUG") == "1"
     try:
         main([argument for argument in argv if argument not in ("debug=true", "debug=false")])
@@ -92,14 +105,22 @@ def guard(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more at the end
-        return 141
     except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return 141
         if debug:
             traceback.print_exc()
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _reader_has_gone() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind stdout
+        return False
 
 
 def help_text(config_class: type, *, prog: str, description: str) -> str:

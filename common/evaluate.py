@@ -9,6 +9,7 @@ parts are kept in the store; a result file says how the numbers were made.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics as stats
 import sys
@@ -24,7 +25,7 @@ from common.hardware import hardware, recorded, resolve_device
 from common.protocols import PROTOCOLS
 from common.script import WithSet, arg, read_set
 from common.script_selection import own_teacher
-from common.store import Store, digest, write_atomic
+from common.store import Entry, Store, digest, write_atomic
 from common.views import normalise
 
 __all__ = ["Evaluation", "run"]
@@ -38,6 +39,7 @@ class Evaluation(WithSet):
     epochs: int = arg(0, "passes over the set; 0: those of the protocol", unit="epochs", minimum=0)
     students: int = arg(3, "students, each with a seed of its own", minimum=1)
     random: bool = arg(True, "also students of random real images")
+    weights: bool = arg(False, "weigh the loss of each image as the set says: CRAIG's and WMDD's have weights")
     teacher_epochs: int = arg(50, "epochs of the teacher, where the protocol has one", unit="epochs", minimum=1)
     precision: str = arg("auto", "arithmetic of the teacher; auto: by the device", choices=("auto", "bf16", "fp32"))
     out: str = arg("out", "folder for the result, a JSON file")
@@ -56,40 +58,58 @@ def run(argv: list[str]) -> dict:
         raise ValueError(f"protocol={protocol.name} trains with a step size learned with the images; the set has none")
     if protocol.labels == "soft" and "soft_labels" not in tensors:
         raise ValueError(f"protocol={protocol.name} trains on soft labels of the set; the set has none")
+    if "weights" in tensors and not args.weights:
+        del tensors["weights"]
+        print("note: the set has weights of its images, which weights=true uses", flush=True)
+    counts = tensors["labels"].bincount(minlength=len(on.train.classes)).tolist()
+    seeds = list(range(args.seed, args.seed + args.students))
+    baseline = args.random and protocol.labels != "soft"
+    if baseline:
+        matching.random_subset(on, counts, args.seed)  # as many are there
     say, inputs = None, [on.train.fingerprint, on.test.fingerprint]
     if protocol.labels in ("kl", "online"):
         teacher, entry = own_teacher(store, on, args, device)
         say, inputs = _logits(teacher, on), [*inputs, entry.key]
 
-    def accuracies(made: dict[str, Tensor], seeds: list[int]) -> tuple[list[float], dict]:
+    def tested(made: dict[str, Tensor], seeds: list[int]) -> Entry:
         def build(work: Path):
-            labels = {"soft_labels": torch.cat([say(x) for x in made["images"].split(100)])} if teach_once else {}
+            once = protocol.labels == "kl"
+            labels = {"soft_labels": torch.cat([say(x) for x in made["images"].split(100)])} if once else {}
             online = say if protocol.labels == "online" else None
             return matching.students(work, on, {**made, **labels}, protocol, seeds, teacher=online)
 
-        teach_once = protocol.labels == "kl"
         settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": seeds}
-        tested = store.make("students", settings, (digest(made), *inputs), recorded(build, device))
-        return tested.meta["accuracies"], tested.meta
+        return store.make("students", settings, (digest(made), *inputs), recorded(build, device))
 
-    counts = tensors["labels"].bincount(minlength=len(on.train.classes))
-    name, seeds = args.set or "random real images", list(range(args.seed, args.seed + args.students))
-    print(f"{name}: {len(tensors['labels'])} images of {len(counts)} classes, {on.size} px, {on.network}", flush=True)
-    found, meta = accuracies(tensors, seeds)
-    result = {"set": name, "accuracies": found, "protocol": asdict(protocol), "seeds": seeds, "made": meta}
-    result |= {"arguments": asdict(args), "tested_on": len(on.test), "network": on.network}
-    _say(name, found, protocol.name, len(on.test))
-    if args.random and args.set and protocol.labels != "soft":  # random images bring no soft labels of their own
-        few, drawn = int(counts.max()), []
-        extra = {k: tensors[k] for k in ("lr",) if k in tensors}
-        for seed in seeds:
-            drawn += accuracies({**matching.random_subset(on, few, seed), **extra}, [seed])[0]
-        result["random_real"] = drawn
-        _say(f"random real images, {few} a class", drawn, protocol.name, len(on.test))
-    target = Path(args.out).expanduser() / f"evaluate_{args.dataset}_{protocol.name}_{digest(tensors)[:8]}.json"
-    write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"{len(tensors['labels'])} images of {len(counts)} classes, {on.size} px, {on.network}", flush=True)
+    result = {"arguments": asdict(args), "protocol": asdict(protocol), "seeds": seeds, "tested_on": len(on.test)}
+    target = Path(args.out).expanduser() / f"evaluate_{args.dataset}_{protocol.name}_{_name(args, tensors)}.json"
+
+    def keep(name: str, key: str, entries: list[Entry]) -> None:
+        found = [accuracy for entry in entries for accuracy in entry.meta["accuracies"]]
+        result.update({key: found, f"{key}_made": entries[-1].meta})
+        spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
+        students = f"{len(found)} student{'s' * (len(found) > 1)}"
+        print(f"{name}: {stats.fmean(found):.2f}{spread} % on {len(on.test)} test images ({students}, {protocol.name},"
+              " last epoch)", flush=True)  # fmt: skip
+        write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
+
+    if args.set:
+        keep(args.set, "accuracies", [tested(tensors, seeds)])
+    if baseline or not args.set:
+        lr = {"lr": tensors["lr"]} if "lr" in tensors else {}
+        drawn = [tested({**matching.random_subset(on, counts, seed), **lr}, [seed]) for seed in seeds]
+        keep("random real images, as many", "random_real", drawn)
+    elif args.random:
+        print(f"random real images: not tested, protocol={protocol.name} wants soft labels that they do not have")
     print(f"result: {target}")
     return result
+
+
+def _name(args: Evaluation, tensors: dict[str, Tensor]) -> str:
+    """Eight letters for what decides the numbers."""
+    rest = {k: v for k, v in asdict(args).items() if k not in ("set", "data", "device", "out", "store")}
+    return hashlib.sha256(f"{digest(tensors)}{sorted(rest.items())}".encode()).hexdigest()[:8]
 
 
 def _logits(teacher: torch.nn.Module, on: matching.Setting) -> Callable[[Tensor], Tensor]:
@@ -100,13 +120,6 @@ def _logits(teacher: torch.nn.Module, on: matching.Setting) -> Callable[[Tensor]
         return teacher(normalise(on.pixels(x.to(on.device)) * 255, on.train.mean, on.train.std)).float()
 
     return say
-
-
-def _say(name: str, found: list[float], protocol: str, tested: int) -> None:
-    spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
-    students = f"{len(found)} students" if len(found) > 1 else "1 student"
-    print(f"{name}: {stats.fmean(found):.2f}{spread} % on {tested} test images ({students}, {protocol}, last epoch)",
-          flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

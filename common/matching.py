@@ -117,17 +117,18 @@ def default_network(size: int) -> str:
 
 def setting(
     dataset: str, root: str | None, *, device: torch.device, size: int = 0, network: str = "", zca: bool = False,
-    store: Store | None = None,
+    store: Store | None = None, channels: int = 0,
 ) -> Setting:  # fmt: skip
     """Load a data set in its own channels and constants.  ValueError for one that does not fit into memory.
 
-    store: keeps decoded images and the whitening.
+    store: keeps decoded images and the whitening.  channels: 1 or 3; 0: the set's own.
     """
     cache = None if store is None else store.root / "cache"
     try:
-        channels, native = info(dataset).channels, info(dataset).size
+        own, native = info(dataset).channels, info(dataset).size
     except ValueError:
-        channels, native = 3, None
+        own, native = 3, None
+    channels = channels or own
     # The matching papers feed Tiny-ImageNet with ImageNet's constants; the row of its own name is SRe2L's.
     known = dataset in NORMALISATION and dataset != "tiny-imagenet"
     normalisation = dataset if known else "imagenet"
@@ -149,14 +150,24 @@ def facts(on: Setting, seed: int) -> dict:
     return {"dataset": on.train.name, "size": on.size, "network": on.network, "zca": on.whitened, "seed": seed}
 
 
-def random_subset(on: Setting, ipc: int, seed: int) -> dict[str, Tensor]:
-    """`ipc` random real images of each class as a set in network-input space: the baseline of every method."""
+def random_subset(on: Setting, ipc: int | Sequence[int], seed: int) -> dict[str, Tensor]:
+    """Random real images as a set in network-input space, the baseline of every method.
+
+    ipc: how many of each class, one number or one for each.
+    """
     labels, generator = on.train.labels.cpu(), rng(seed, "random subset")
-    few = int(labels.bincount(minlength=len(on.train.classes)).min())
-    if not 1 <= ipc <= few:
-        raise ValueError(f"ipc={ipc}: the smallest class of {on.train.name} has {few} images; allowed: 1 to {few}")
-    rows = [on.train.class_indices(k) for k in range(len(on.train.classes))]
-    chosen = torch.cat([own[torch.randperm(len(own), generator=generator)[:ipc]] for own in rows])
+    counts = labels.bincount(minlength=len(on.train.classes))
+    if isinstance(ipc, int):
+        few = int(counts.min())
+        if not 1 <= ipc <= few:
+            raise ValueError(f"ipc={ipc}: the smallest class of {on.train.name} has {few} images; allowed: 1 to {few}")
+        ipc = [ipc] * len(counts)
+    for k, (wanted, there) in enumerate(zip(ipc, counts.tolist(), strict=True)):
+        if wanted > there:
+            raise ValueError(f"{wanted} images of class {k} of {on.train.name} are asked for, which has {there}")
+    rows = [on.train.class_indices(k) for k in range(len(counts))]
+    drawn = [torch.randperm(len(own), generator=generator) for own in rows]
+    chosen = torch.cat([own[order[:n]] for own, order, n in zip(rows, drawn, ipc, strict=True)])
     return {"images": on.prepare(on.train.images[chosen]).cpu().contiguous(), "labels": labels[chosen]}
 
 

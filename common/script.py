@@ -114,7 +114,7 @@ def keep(result: DistilledSet, args, name: str) -> None:
 
 
 def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matching.Setting, dict[str, Tensor]]:
-    """The data set, brought to the size and space of the distilled one, and the latter as network input."""
+    """The data set, brought to the size, channels and space of the distilled one, and the latter as network input."""
     setting = partial(
         matching.setting, args.dataset, args.data or None, device=device, network=args.network, zca=args.zca,
         store=store,
@@ -122,16 +122,15 @@ def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matchin
     on = setting(size=args.size)
     if not args.set:
         return on, matching.random_subset(on, args.ipc, args.seed)
-    channels = on.train.images.shape[1]
     constants = NORMALISATION.get(args.normalisation, (on.train.mean, on.train.std))
+    channels = on.train.images.shape[1]
     own = distilled.load(args.set, mean=constants[0][:channels], std=constants[1][:channels])
-    if len(own.classes) != len(on.train.classes):
-        raise ValueError(f"{args.set} has {len(own.classes)} classes, {args.dataset} {len(on.train.classes)}")
-    if own.images.shape[1:] != on.train.images.shape[1:]:
-        (found, _, side), wanted = own.images.shape[1:], tuple(on.train.images.shape[1:])
-        if args.size or found != channels or own.images.shape[2] != side:
-            raise ValueError(f"{args.set} has images [C, H, W] {list(own.images.shape[1:])}, here {list(wanted)}")
-        on = setting(size=side)
+    channels, height, width = own.images.shape[1:]
+    if height != width or args.size not in (0, height):
+        raise ValueError(f"{args.set} has images of {height} x {width} px; allowed: square ones, of size={args.size}")
+    if (channels, height) != (on.train.images.shape[1], on.size):
+        on = setting(size=height, channels=channels)
+    labels, soft_labels = _renumbered(own, on.train.classes, args)
     if own.whitening and own.whitening["fitted_on"] != on.train.fingerprint:
         raise ValueError(f"{args.set} was whitened on other images than the training set of {args.dataset} found here")
     if args.zca or own.whitening:
@@ -141,8 +140,24 @@ def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matchin
         on = replace(on, train=replace(on.train, mean=own.mean, std=own.std))
         images = own.normalised()
     lr = None if own.student_lr is None else torch.tensor(own.student_lr)
-    tensors = {"images": images, "labels": own.labels, "soft_labels": own.soft_labels, "weights": own.weights, "lr": lr}
+    tensors = {"images": images, "labels": labels, "soft_labels": soft_labels, "weights": own.weights, "lr": lr}
     return on, {name: t.contiguous() for name, t in tensors.items() if t is not None}
+
+
+def _renumbered(own: DistilledSet, classes: tuple[str, ...], args: WithSet) -> tuple[Tensor, Tensor | None]:
+    """Labels and soft labels of a set in the class order of the data set; ValueError where these are other classes."""
+    if len(own.classes) != len(classes):
+        raise ValueError(f"{args.set} has {len(own.classes)} classes, {args.dataset} {len(classes)}")
+    if set(own.classes) == set(classes):
+        to = torch.tensor([classes.index(name) for name in own.classes])
+        soft = None if own.soft_labels is None else own.soft_labels[:, to.argsort()]
+        return to[own.labels], soft
+    for k, (theirs, ours) in enumerate(zip(own.classes, classes, strict=True)):
+        if theirs != ours and (theirs in classes or ours in own.classes):
+            raise ValueError(f"class {k} is {theirs!r} in {args.set} and {ours!r} in {args.dataset}: other classes")
+    if own.classes != tuple(map(str, range(len(classes)))):  # a layout without names
+        print(f"note: classes have other names: {own.classes[0]!r} in the set, {classes[0]!r} in the data", flush=True)
+    return own.labels, own.soft_labels
 
 
 # ---------------------------------------------------------------- DC, DSA, DM, MTT, DATM

@@ -12,6 +12,7 @@ from pathlib import Path
 from common.store import write_atomic
 from papers.plan import ROOT, SCALES, load_paper, papers
 from papers.report import KEY, TOLERANCE_POINTS, load_cells, load_reported, table_rows
+from papers.setups import outdated
 
 PAGE = ROOT.parent / "docs" / "claims.md"
 HEAD = f"""# Claims
@@ -61,8 +62,9 @@ def row_key(cell: dict) -> tuple:
 
 
 def statuses(paper, scale: str, cells: list, printed: list) -> dict[tuple, str]:
-    """reproduced, differs or not comparable for each cell."""
+    """reproduced, differs or not comparable for each cell; the latter also where the scale has other settings now."""
     comparable, out = paper.scales[scale]["comparable"], {}
+    planned = {c.id: c for c in paper.cells_at(scale)}
     for cell in cells:
         layout = paper.tables.get(cell["table"], {})
         chosen = {k: layout[k] for k in ("reported_runs",) if k in layout}
@@ -70,7 +72,9 @@ def statuses(paper, scale: str, cells: list, printed: list) -> dict[tuple, str]:
             r for r in table_rows(cell["table"], [], [cell], printed, comparable, label_regime="any", **chosen)
             if tuple(r[k] for k in KEY) == tuple(cell[k] for k in KEY)
         )  # fmt: skip
-        out[row_key(cell)] = found["status"] if printed_for(paper, cell, printed) else "not comparable"
+        now = planned.get(cell["cell"])
+        other = now is not None and outdated(paper.scales[scale], now, cell)
+        out[row_key(cell)] = found["status"] if printed_for(paper, cell, printed) and not other else "not comparable"
     return out
 
 

@@ -82,6 +82,13 @@ class MatchingSetup:
             "times": self.times, "budget": self.budget,
         }  # fmt: skip
 
+    def known(self) -> dict:
+        """Those of the settings part that need no data: with a budget the epochs are not known."""
+        found = self.facts() if self.distill["ipc"] is None else self.facts(1, 1)
+        if self.budget:
+            del found["protocol"]["epochs"]
+        return found
+
     def trained_by(self, images: int, total: int) -> Protocol:
         """The protocol for a set of some of `total` images, with the epochs of its students."""
         epochs = epochs_for(self.budget, total, images) if self.budget else round(self.times * self.protocol.epochs)

@@ -13,8 +13,8 @@ import statistics as stats
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from common.store import Store, write_atomic
 from papers import image_stages, matching_stages, plan, report
 from papers.arguments import Args, describe, names_scale, parse, seconds
 from papers.plan import Cell, Paper, load_paper, select
-from papers.setups import Setup, setup_of
+from papers.setups import Setup, outdated, setup_of
 from papers.stages import Lab, Stage
 
 ALGORITHMS = (*image_stages.IMAGES, *matching_stages.ALGORITHMS)
@@ -224,7 +224,7 @@ def run(args: Args) -> Run:
         try:
             run_planned(planned, lab, folder, args)
         finally:
-            finished = Run(args, paper, lab, planned, folder, read_results(planned, folder, lab))
+            finished = Run(args, paper, lab, planned, folder, read_results(planned, folder, paper.scales[args.scale]))
             write_report(finished)
     return finished
 
@@ -334,35 +334,17 @@ def result_path(cell: Cell, folder: Path) -> Path:
     return folder / "cells" / f"{cell.id.replace('/', '_')}.json"
 
 
-def read_results(planned: list[Planned], folder: Path, lab: Lab) -> dict[str, dict]:
+def read_results(planned: list[Planned], folder: Path, scale: Mapping) -> dict[str, dict]:
     """The result files of planned cells, also those of earlier runs, by cell id and in the order of the plan.
 
-    One whose settings are not those of the plan is kept and has `other_settings`, which the tables say; where the data
-    set is not there this is not known.
+    One whose settings are not those that the scale has now is kept and has `other_settings`, which the tables say.
     """
     found = {r["cell"]: r for r in report.load_cells(folder / "cells")}
     results = {p.cell.id: found[p.cell.id] for p in planned if p.cell.id in found}
     for p in planned:
-        if p.setup is not None and p.cell.id in results:
-            with suppress(FileNotFoundError):
-                now, then = json.loads(json.dumps(lab.facts(p.setup))), results[p.cell.id].get("settings", {})
-                results[p.cell.id]["other_settings"] = not agree(now, then)
+        if p.cell.id in results:
+            results[p.cell.id]["other_settings"] = outdated(scale, p.cell, results[p.cell.id])
     return results
-
-
-OPTIONS = ("distill", "mix", "measure")  # settings that name only what is not a default
-
-
-def agree(now: dict, then: dict) -> bool:
-    """Whether two results have the same settings.
-
-    A field that only one of them has came later, and was then what is now its default; an option counts either way.
-    """
-    return all(
-        agree(now[k], then[k]) if isinstance(now[k], dict) and isinstance(then[k], dict) and k not in OPTIONS
-        else now[k] == then[k]
-        for k in now.keys() & then.keys()
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- report
@@ -407,7 +389,8 @@ def draw_figures(finished: Run) -> list[str]:
 
 def show(finished: Run) -> str:
     """All tables for a terminal of 100 columns."""
-    return "\n\n".join(report.terminal(finished.rows(t), layout) for t, layout in finished.paper.tables.items())
+    found = ((finished.rows(table), layout) for table, layout in finished.paper.tables.items())
+    return "\n\n".join(report.terminal(rows, layout) for rows, layout in found if rows)
 
 
 def main(argv: list[str]) -> int:

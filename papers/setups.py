@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -63,6 +64,37 @@ class Setup:
             "distill": dict(self.distill), "student": asdict(self.student), "teacher": asdict(self.teacher),
             "regime": self.regime, "labels": self.labels,
         }  # fmt: skip
+
+    known = facts
+
+
+def outdated(scale: Mapping, cell: Cell, result: Mapping) -> bool:
+    """Whether a result was made with other settings than the scale has now for its cell; needs no data."""
+    try:
+        setup = setup_of(scale, cell)
+    except (ValueError, TypeError):  # settings that no method has: the plan says so
+        return False
+    if setup is None:
+        return False
+    now = json.loads(json.dumps(setup.known()))
+    if cell.algorithm in ("random", "random-subset"):  # no method reads its options
+        now["distill"] = {"ipc": cell.ipc}
+        result = {**result, "settings": {**result["settings"], "distill": {"ipc": cell.ipc}}}
+    return not _agree(now, result["settings"])
+
+
+def _agree(now: Mapping, then: Mapping) -> bool:
+    """Whether settings are the same.
+
+    A field that only one side has came later, and was then what is now its default.  `distill`, `mix` and `measure`
+    name only what is not a default, so there it counts.
+    """
+    return all(
+        _agree(now[k], then[k])
+        if isinstance(now[k], dict) and isinstance(then[k], dict) and k not in ("distill", "mix", "measure")
+        else now[k] == then[k]
+        for k in now.keys() & then.keys()
+    )
 
 
 def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:

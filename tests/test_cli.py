@@ -1,6 +1,7 @@
 """Arguments: every wrong one is refused with what is allowed, every right one arrives as typed."""
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -171,11 +172,26 @@ def test_guard_says_one_sentence(capsys, monkeypatch, error, status, words):
     assert ("Traceback" in capsys.readouterr().err) == ("Traceback" in said)
 
 
-def test_a_reader_that_has_gone_is_no_error():
-    code = "import sys; from common.cli import guard; sys.exit(guard(lambda a: print('x' * 10**6, flush=True), []))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("length", [10, 10**6])
+def test_a_reader_that_has_gone_is_no_error(length, buffered):
+    code = f"import sys; from common.cli import guard; sys.exit(guard(lambda a: print('x' * {length}), []))"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    if not buffered:
+        environment["PYTHONUNBUFFERED"] = "1"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    def main(argv):
+        raise BrokenPipeError("a worker has gone")
+
+    assert guard(main, []) == 1
+    assert "a worker has gone" in capsys.readouterr().err
 
 
 def test_guard_lets_bugs_through():

@@ -8,7 +8,7 @@ import torch
 
 from common import cli, evaluate, matching
 from common.augment import rng
-from common.distilled import DistilledSet
+from common.distilled import DistilledSet, load
 
 SHORT = ["dataset=digits", "size=16", "network=convnet2-w32", "device=cpu", "epochs=2", "students=2"]
 SHORT += ["teacher_epochs=1"]
@@ -33,7 +33,7 @@ def test_a_set_is_tested_beside_random_images(place, protocol, capsys):
     said = capsys.readouterr().out
     assert ("teacher: " in said) == (protocol in ("hard-truths-soft", "hard-truths-online"))
     assert re.search(rf"set.safetensors: [0-9.]+ ± [0-9.]+ % on 360 test images \(2 students, {protocol}", said)
-    assert "random real images, 2 a class: " in said
+    assert "random real images, as many: " in said
     (file,) = (place / "out").glob("*.json")
     kept = json.loads(file.read_text())
     assert kept["accuracies"] == result["accuracies"] and len(kept["random_real"]) == 2
@@ -52,7 +52,9 @@ def test_the_numbers_are_those_of_the_students(place):
 
 def test_random_images_alone(place):
     result = evaluate.run([*SHORT, f"store={place}/runs", f"out={place}/out", "ipc=3"])
-    assert result["set"] == "random real images" and "random_real" not in result
+    assert len(set(result["random_real"])) > 1 and "accuracies" not in result  # each student has images of its own
+    beside = [*SHORT, f"store={place}/runs", f"out={place}/out", f"set={place}/set.safetensors"]
+    assert evaluate.run([*beside])["random_real"] != result["random_real"]  # two a class, not three
 
 
 def test_a_set_of_another_size_takes_the_data_set_along(place, capsys):
@@ -62,8 +64,51 @@ def test_a_set_of_another_size_takes_the_data_set_along(place, capsys):
     arguments = [a for a in SHORT if not a.startswith("size")]
     evaluate.run([*arguments, f"store={place}/runs", f"out={place}/out", f"set={place}/set.safetensors"])
     assert "10 images of 10 classes, 24 px" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"has images \[C, H, W\] \[1, 24, 24\], here \[1, 16, 16\]"):
+    with pytest.raises(ValueError, match="has images of 24 x 24 px; allowed: square ones, of size=16"):
         run(place)
+
+
+def test_a_set_in_colour_of_grey_data(place):
+    names = tuple(map(str, range(10)))
+    images = torch.rand(10, 3, 16, 16, generator=rng(0))
+    DistilledSet(images, torch.arange(10), names, (0.5,) * 3, (0.5,) * 3).save(place / "set.safetensors")
+    assert len(run(place)["accuracies"]) == 2
+
+
+def test_classes_in_another_order_are_put_right(place):
+    own, straight = load(place / "set.safetensors"), run(place)["accuracies"]
+    turned = DistilledSet(own.images, 9 - own.labels, own.classes[::-1], own.mean, own.std)
+    turned.save(place / "set.safetensors")
+    assert run(place)["accuracies"] == straight
+    DistilledSet(own.images, own.labels, ("a", *own.classes[:-1]), own.mean, own.std).save(place / "set.safetensors")
+    with pytest.raises(ValueError, match=f"class 0 is 'a' in .* and '{own.classes[0]}' in digits: other classes"):
+        run(place)
+
+
+def test_as_many_random_images_of_each_class(place, monkeypatch):
+    own = load(place / "set.safetensors")
+    DistilledSet(own.images[1:], own.labels[1:], own.classes, own.mean, own.std).save(place / "set.safetensors")
+    counts, real = [], matching.random_subset
+
+    def seen(on, ipc, seed):
+        made = real(on, ipc, seed)
+        counts.append(made["labels"].bincount(minlength=10).tolist())
+        return made
+
+    monkeypatch.setattr(matching, "random_subset", seen)
+    run(place)
+    assert counts == [[1, *[2] * 9]] * 3  # once to see that they are there
+    many = own.images[:1].repeat(300, 1, 1, 1)
+    DistilledSet(many, own.labels[:1].repeat(300), own.classes, own.mean, own.std).save(place / "set.safetensors")
+    with pytest.raises(ValueError, match="300 images of class 0 of digits are asked for, which has 1"):
+        run(place)
+
+
+def test_results_of_other_arguments_lie_beside_each_other(place):
+    for epochs in (2, 3):
+        arguments = [a for a in SHORT if not a.startswith("epochs")]
+        evaluate.run([*arguments, f"epochs={epochs}", f"out={place}/out", f"store={place}/runs"])
+    assert len(list((place / "out").glob("*.json"))) == 2
 
 
 @pytest.mark.parametrize(

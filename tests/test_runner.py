@@ -16,7 +16,7 @@ import torch
 
 from common.cli import UsageError
 from methods import wmdd
-from papers import runner
+from papers import plan, runner
 from papers.plan import Cell, load_paper, select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +83,21 @@ def test_tables_keep_printed_and_own_numbers_apart(column):
     assert (column.folder / "figure2.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("scale", plan.SCALES)
+@pytest.mark.parametrize("name", plan.papers())
+def test_tables_of_every_scale_are_written_and_shown_without_a_result(name, scale, tmp_path, monkeypatch):
+    paper = plan.load_paper(name)
+    planned = [runner.Planned(cell, why="not yet") for cell in paper.cells_at(scale)]
+    args = runner.parse([f"paper={name}", f"scale={scale}"])
+    monkeypatch.setattr(runner, "draw_figures", lambda finished: [])
+    finished = runner.Run(args, paper, None, planned, tmp_path, {})
+    runner.write_report(finished)
+    shown = runner.show(finished)
+    for table in paper.tables:
+        assert (tmp_path / f"{table}.md").is_file() == bool(finished.rows(table))
+    assert "not run: not yet" in shown
+
+
 @pytest.mark.slow
 def test_a_result_of_other_settings_is_kept_and_named(column, tmp_path):
     file = "table1_imagenette_wmdd_resnet-18_10_soft.json"
@@ -92,7 +107,7 @@ def test_a_result_of_other_settings_is_kept_and_named(column, tmp_path):
         then = result | {"settings": {**result["settings"], "student": {**result["settings"]["student"], **changes}}}
         (tmp_path / "cells").mkdir(exist_ok=True)
         (tmp_path / "cells" / file).write_text(json.dumps(then))
-        found = runner.read_results(planned, tmp_path, column.lab)
+        found = runner.read_results(planned, tmp_path, column.paper.scales["smoke"])
         assert list(found) == [cell] and found[cell]["other_settings"] == other
         rows = dataclasses.replace(column, results=found).rows("table1")
         (row,) = (r for r in rows if (r["method"], r["dataset"], r["ipc"]) == ("WMDD", "ImageNette", 10))
