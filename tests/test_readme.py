@@ -2,6 +2,7 @@
 docs/cluster.md, works as far as it can here: without data, GPU or hours it has to reach its plan or its missing data.
 """
 
+import json
 import os
 import re
 import runpy
@@ -18,8 +19,9 @@ from common.augment import rng
 from common.distilled import load
 from methods import dm
 from papers import export, notebook, readme
-from papers.plan import papers
+from papers.plan import load_paper, papers
 from papers.report import load_reported
+from papers.setups import setup_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,9 +62,11 @@ def test_the_status_counts_every_printed_number_once():
 @pytest.mark.parametrize(("mean", "counts"), [(64.9, "0 | 1 | 1 | 0"), (60.0, "0 | 1 | 0 | 1")])
 def test_the_status_tells_reproduced_from_different(tmp_path, mean, counts):
     source = ROOT / "tables" / "wmdd" / "small" / "cells" / "table1_imagenette_wmdd_resnet-18_10_soft.json"
-    text = source.read_text(encoding="utf-8").replace('"mean": ', f'"mean": {mean}, "was": ', 1)
+    found = json.loads(source.read_text(encoding="utf-8")) | {"mean": mean}
+    (cell,) = (c for c in load_paper("wmdd").cells_at("paper") if c.id == found["cell"])
+    found["settings"] = setup_of(load_paper("wmdd").scales["paper"], cell).facts()
     (tmp_path / "wmdd" / "paper" / "cells").mkdir(parents=True)
-    (tmp_path / "wmdd" / "paper" / "cells" / "one.json").write_text(text, encoding="utf-8")
+    (tmp_path / "wmdd" / "paper" / "cells" / "one.json").write_text(json.dumps(found), encoding="utf-8")
     assert f"| wmdd | 128 | 0 | 0 | {counts} | 127 |" in readme.status(tmp_path)
 
 
