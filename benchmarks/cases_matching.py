@@ -197,7 +197,9 @@ def _needs_bf16(form: dict) -> bool:
 
 def _trajectory(ipc: int, steps: int, what: str, **options) -> Case:
     settings = {"ipc": ipc, "student_steps": steps}
-    forms = {form: Form(functools.partial(trajectory, settings, f), _needs_bf16(f)) for form, f in FORMS.items()}
+    all_kept = {"ours, fp32, compiled, graphs kept": {"compile": True, "keep": steps}}  # the memory of the plain form
+    found = FORMS if "plain" in options else FORMS | all_kept
+    forms = {form: Form(functools.partial(trajectory, settings, f), _needs_bf16(f)) for form, f in found.items()}
     count = steps * ipc * CLASSES
     plain = functools.partial(plain_trajectory, ipc, steps)
     return Case(what, **{"plain": plain, "forms": forms, "flops": lambda: 9 * count * FORWARD, **options})
