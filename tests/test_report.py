@@ -357,5 +357,6 @@ def test_committed_tables_say_the_statuses_of_their_rows():
         with open(file, newline="", encoding="utf-8") as text:
             rows = [{k: v if v != "" else None for k, v in row.items()} for row in csv.DictReader(text)]
         page = file.with_suffix(".md").read_text(encoding="utf-8")
-        stale += [str(file) for line in render._statuses(rows, layout) if line not in page][:1]
+        lines = [render._wrapped(f"- {line}") for line in render._statuses(rows, layout)]
+        stale += [] if all(line in page for line in lines) else [str(file)]
     assert not stale
