@@ -52,10 +52,10 @@ of one large matrix product, measured before the case in bf16 where the processo
 that is not done as a product, or cores that were busy with other work meanwhile, can take it above 100 %.
 
 Where it comes from: our forms run with the tuned allocator, so on processors without bf16 arithmetic much of *over
-plain* is the allocator's, and *over plain, tuned* is what the rest is worth: all classes in one pass, augmentation as one
-batched resampling, no copies in hooks (*ours, fp32*), elementwise work fused (*compiled*), convolutions in bf16 and
-channels_last (*mixed*, *bf16*). MTT and DATM walk back through the student's steps one at a time: constant memory for
-a third more arithmetic than the graph of all steps, which *graphs kept* spends instead.
+plain* is the allocator's, and *over plain, tuned* is what the rest is worth: all classes in one pass, augmentation as
+one batched resampling, no copies in hooks (*ours, fp32*), elementwise work fused (*compiled*), convolutions in bf16
+and channels_last (*mixed*, *bf16*). MTT and DATM walk back through the student's steps one at a time: constant memory
+for a third more arithmetic than the graph of all steps, which *graphs kept* spends instead.
 """
 
 
