@@ -394,6 +394,20 @@ def test_a_stopped_synthesis_continues_bit_for_bit(stop):
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
 
 
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_the_run_is_scored_at_the_rates_of_the_longer_one(schedule, monkeypatch):
+    """The same draws: the run is that of a schedule of its own up to its rates, which are the longer one's."""
+    config, rates = replace(PARTS, schedule=schedule), []
+    real = cad.learning_rate
+    monkeypatch.setattr(cad, "learning_rate", lambda *given: rates.append(real(*given)) or rates[-1])
+    own = score(config)
+    alone, rates[:] = list(rates), []
+    early = score(replace(config, full_epochs=300))
+    assert len(rates) == len(alone) and rates[0] == alone[0]
+    assert min(rates) > 0.99 * config.lr > min(alone)  # the longer schedule has hardly begun
+    assert not torch.equal(early["p_true"], own["p_true"])
+
+
 def test_bf16_scores_stay_close():
     config = replace(PARTS, student_epochs=20, batch=30, snapshots=4, lr=0.01)
     one, two = (score(replace(config, precision=p), augment=None)["p_true"] for p in ("fp32", "bf16"))
