@@ -37,8 +37,9 @@ Keys:
   data       root of the data sets; default: the environment variable DD_DATA
   out        where tables and figures are written; default: tables
   store      where trained networks and images are kept between runs; default: runs
-  engine     local (one stage after the other) or ray (many at once; see docs/cluster.md)
-  workers    stages at once on this machine, with engine=ray; 0, the default: as many as fit
+  engine     local (this machine) or ray (also many machines; see docs/cluster.md)
+  workers    stages at once on this machine; 0, the default: one, at smoke on a CPU one a core;
+             with engine=ray as many as fit
   address    HOST:PORT of a running Ray cluster; default: one of this run's own, on this machine
   shared_store  false where the machines of a cluster share no folder: results then travel by Ray
   dry_run    true prints the plan and stops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "autocast", "bf16_is_fast", "commit", "hardware", "made", "peak_memory", "precision_name", "recorded",
-    "resolve_device", "resolve_precision", "versions",
+    "autocast", "bf16_is_fast", "commit", "hardware", "made", "own_cpus", "peak_memory", "precision_name", "recorded",
+    "resolve_device", "resolve_precision", "threads_each", "versions",
 ]  # fmt: skip
 
 PACKAGES = ("torch", "torchvision", "timm", "POT", "numpy", "scikit-learn")
@@ -66,6 +67,18 @@ def hardware(device: torch.device) -> str:
     model = _cpuinfo("model name") or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' * (threads > 1)}, {_bf16_instructions() or 'no bf16 instructions'}"
+
+
+def own_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_each(places: float, cpus: float | None = None) -> int:
+    """Threads of one worker: what OMP_NUM_THREADS says, else an equal part of the processors."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    return max(1, int((own_cpus() if cpus is None else cpus) // max(1, places)))
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -118,9 +118,11 @@ class Store:
                 return None
 
     def make(
-        self, stage: str, settings: dict, inputs: Sequence[str], build: Callable[[Path], Product]
-    ) -> Entry:
+        self, stage: str, settings: dict, inputs: Sequence[str], build: Callable[[Path], Product], *, wait: bool = True
+    ) -> Entry | None:
         """The entry, from disk if it is there, else from `build(work)`, which one process at a time runs.
+
+        Without `wait`, None where another process is making it just now.
 
         `work` is a folder for checkpoints: it survives a killed or failed build, and the next one finds it as it was.
         `meta["resumed"]` says so; `seconds` counts the earlier runs up to their last checkpoint. OSError names a path
@@ -132,7 +134,9 @@ class Store:
         if entry is None:
             with _sentence(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
+            with _locked(path, wait) as held:
+                if not held:
+                    return None
                 entry = _read_or_set_aside(path) or self._build(path, work, settings, inputs, build)
         if work.exists():  # also left by a process that died just after the rename
             shutil.rmtree(work, ignore_errors=True)
@@ -360,17 +364,21 @@ def _read_or_set_aside(path: Path) -> Entry | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of one entry; a wait of more than a second is said once on stderr."""
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of one entry; a wait of more than a second is said once on stderr.
+
+    Without `wait`, gives False where another process has the lock.
+    """
     lock = FileLock(_beside(path, "lock"))
     with _sentence(path):
         try:
-            lock.acquire(timeout=1)
+            lock.acquire(timeout=1 if wait else 0)
         except Timeout:
-            print(f"waiting for another process that is making {path}", file=sys.stderr, flush=True)
-            lock.acquire()
+            if wait:
+                print(f"waiting for another process that is making {path}", file=sys.stderr, flush=True)
+                lock.acquire()
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from common import cli
-from common.hardware import precision_name, resolve_device, resolve_precision
+from common.hardware import own_cpus, precision_name, resolve_device, resolve_precision
 from papers.plan import SCALES, load_paper, papers, select
 
 MOST = 2**63 - 1  # largest seed of a generator
+MOST_WORKERS = 8  # of the default: each takes up to 2 GiB at smoke
 
 __all__ = ["Args", "completed", "describe", "names_scale", "parse", "seconds"]
 
@@ -40,8 +42,10 @@ class Args:
     data: str = _arg("", "folder of the data sets; empty: the environment variable DD_DATA")
     out: str = _arg("tables", "folder for tables, figures and result files")
     store: str = _arg("runs", "folder that caches teachers, distilled sets and students")
-    engine: str = _arg("local", "local: one stage after the other; ray: many at once", choices=("local", "ray"))
-    workers: int = _arg(0, "stages at once on this machine, with engine=ray; 0: as many as fit", minimum=0)
+    engine: str = _arg("local", "local: this machine; ray: also many machines", choices=("local", "ray"))
+    workers: int = _arg(
+        0, "stages at once on this machine; 0: one, at smoke on a CPU one a core; engine=ray: as many as fit", minimum=0
+    )
     address: str = _arg("", "HOST:PORT of a running Ray cluster; empty: one of this run's own, on this machine")
     shared_store: bool = _arg(True, "false where the machines of a cluster share no folder: results then travel by Ray")
     dry_run: bool = _arg(False, "print the plan and stop")
@@ -74,9 +78,9 @@ def check_seeds(seeds: tuple[int, ...]) -> None:
 def check_engine(args: Args) -> None:
     """ValueError for arguments of the engine that do not go together, or where Ray is wanted and not installed."""
     if args.engine == "local":
-        given = {"workers": args.workers, "address": args.address, "shared_store": not args.shared_store}
+        given = {"address": args.address, "shared_store": not args.shared_store}
         if named := [name for name, value in given.items() if value]:
-            raise ValueError(f"{named[0]}= needs engine=ray; engine=local runs one stage after the other")
+            raise ValueError(f"{named[0]}= needs engine=ray; engine=local is this machine alone")
         return
     if importlib.util.find_spec("ray") is None:
         fill = "bash run_all.sh python -m pip install -r requirements-cluster.txt -c constraints.txt"
@@ -96,9 +100,11 @@ def parse(argv: list[str]) -> Args:
 
 
 def completed(args: Args) -> Args:
-    """`args` with the scale decided; UsageError for a pattern that matches no cell."""
+    """`args` with scale and workers decided; UsageError for a pattern that matches no cell."""
     if args.scale == "auto":
         args = replace(args, scale=default_scale()[0])
+    if args.engine == "local" and not args.workers:
+        args = replace(args, workers=default_workers(args))
     paper = load_paper(args.paper)
     try:
         select(paper.cells_at(args.scale), args.only, args.skip)
@@ -118,6 +124,15 @@ def default_scale() -> tuple[str, str]:
     return "smoke", "the default where no CUDA device is found"
 
 
+def default_workers(args: Args) -> int:
+    """Stages at once with engine=local: one; at smoke on a CPU, where one core is enough for a stage, as many as cores.
+
+    Where OMP_NUM_THREADS is set, the cores are dealt out already.
+    """
+    tiny = args.scale == "smoke" and resolve_device(args.device).type == "cpu"
+    return min(own_cpus(), MOST_WORKERS) if tiny and not os.environ.get("OMP_NUM_THREADS") else 1
+
+
 def describe(args: Args, *, asked: bool) -> str:
     """The first line printed: what runs at which scale, and why (asked: scale= was given)."""
     why = "asked for" if asked else default_scale()[1]
@@ -126,4 +141,6 @@ def describe(args: Args, *, asked: bool) -> str:
     place = f"device={device}, precision={precision}, out={args.out}, store={args.store}"
     if args.engine != "local":
         place += f", engine={args.engine}"
+    if args.workers > 1:
+        place += f", workers={args.workers}"
     return f"{args.paper}: scale={args.scale} ({why}), {place}"

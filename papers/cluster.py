@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from common.hardware import own_cpus, threads_each
 from common.store import write_atomic
 from papers import matching_stages, runner
 from papers.arguments import Args
@@ -101,18 +102,6 @@ def connected(args: Args) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def own_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def threads_each(places: float, cpus: float) -> int:
-    """Threads of one worker: what OMP_NUM_THREADS says, else an equal part of the processors."""
-    if os.environ.get("OMP_NUM_THREADS"):
-        return torch.get_num_threads()
-    return max(1, int(cpus // max(1, places)))
 
 
 def shares(nodes: list[Mapping[str, float]], workers: int, cuda: bool) -> tuple[int, dict[bool, Share]]:

@@ -231,9 +231,11 @@ def run(args: Args) -> Run:
 
 @contextmanager
 def engine(args: Args):
-    """What runs the cells of a plan in this block: `run_cells`, or its counterpart on a cluster."""
+    """What runs the cells of a plan in this block: `run_cells`, or its counterpart with helpers or on a cluster."""
     if args.engine == "local":
-        yield run_cells
+        from papers import helpers  # which stands on this file
+
+        yield helpers.run_cells if args.workers > 1 else run_cells
         return
     from papers import cluster  # the only way to Ray
 
@@ -261,12 +263,15 @@ class Budget:
     def spent(self) -> float:
         return time.monotonic() - self.start
 
+    def fits(self, p: Planned) -> bool:
+        """Whether the cell may start now, as one that is cached always may."""
+        return not self.limited or self.spent() + self.cost(p) <= self.limit or not pending(p, self.lab)
+
     def allows(self, p: Planned) -> bool:
-        """Whether the cell may start now, as one that is cached always may; one that may not says why."""
-        cost = self.cost(p) if self.limited else 0.0
-        if self.spent() + cost <= self.limit or not pending(p, self.lab):
-            return True
-        p.why = f"budget={self.text} was used up (it needs about {clock(cost)})"
+        """Like `fits`; a cell that may not start says why."""
+        if fits := self.fits(p):
+            return fits
+        p.why = f"budget={self.text} was used up (it needs about {clock(self.cost(p))})"
         return False
 
 

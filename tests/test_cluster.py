@@ -217,7 +217,7 @@ def test_shares_of_a_machine(monkeypatch):
     ("more", "words"),
     [
         (["engine=dask"], "allowed: local, ray"),
-        (["workers=2"], "workers= needs engine=ray"),
+        (["workers=-2"], "at least 0"),
         (["address=node:6379"], "address= needs engine=ray"),
         (["shared_store=false"], "shared_store= needs engine=ray"),
         (["engine=ray", "workers=-1"], "-1"),
