@@ -105,7 +105,7 @@ def _status(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return 141
         if debug:

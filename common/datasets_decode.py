@@ -7,7 +7,8 @@ import io
 import json
 import os
 import shutil
-import tempfile
+import time
+import uuid
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from common.datasets_files import Listing
 MAX_ASPECT = 2  # longer images are centre-cropped to 2:1, so that one panorama does not blow up the canvas
 SMALL = 64  # px; images up to this side are stretched to a test view, larger ones resized and cropped
 BAD_SHARE = 0.001
+HOUR = 3600  # s
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 Size = tuple[int, int]  # height, width in px
@@ -207,7 +209,11 @@ def write_cache(entry: Path, decoded: Decoded) -> None:
     scratch = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
+        for left in entry.parent.glob(f"{entry.name}.tmp-*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > HOUR:
+                shutil.rmtree(left, ignore_errors=True)
+        scratch = entry.with_name(f"{entry.name}.tmp-{uuid.uuid4().hex[:8]}")
+        scratch.mkdir()
         (scratch / "about.json").write_text(json.dumps(about), encoding="utf-8")
         with open(scratch / "images.npy", "wb") as file:
             np.save(file, decoded.images.numpy())

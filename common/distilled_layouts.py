@@ -194,9 +194,12 @@ def write_mtt_pt(distilled: DistilledSet, folder: str | Path, whiten: Callable[[
         tensors["images_zca_best"] = distilled.images
     if distilled.student_lr is not None:
         tensors["lr_best"] = torch.tensor(distilled.student_lr)
-    for name, tensor in tensors.items():
+    for name in ("images_best", "labels_best", "images_zca_best", "lr_best"):
+        if name not in tensors:  # of a set that was there before
+            Path(folder, f"{name}.pt").unlink(missing_ok=True)
+            continue
         buffer = io.BytesIO()
-        torch.save(tensor.detach().cpu().clone(), buffer)
+        torch.save(tensors[name].detach().cpu().clone(), buffer)
         write_atomic(Path(folder) / f"{name}.pt", buffer.getvalue())
 
 

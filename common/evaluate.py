@@ -78,7 +78,7 @@ def run(argv: list[str]) -> dict:
             online = say if protocol.labels == "online" else None
             return matching.students(work, on, {**made, **labels}, protocol, seeds, teacher=online)
 
-        settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": seeds}
+        settings = {**matching.facts(on, 0), "protocol": protocol.settings(), "seeds": seeds}
         return store.make("students", settings, (digest(made), *inputs), recorded(build, device))
 
     print(f"{len(tensors['labels'])} images of {len(counts)} classes, {on.size} px, {on.network}", flush=True)

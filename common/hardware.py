@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -23,12 +24,14 @@ PACKAGES = ("torch", "torchvision", "timm", "POT", "numpy", "scikit-learn")
 
 def resolve_device(device: str = "auto") -> torch.device:
     """`auto` is CUDA where there is one, else the CPU."""
-    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"device={device!r} is unknown; allowed: auto, cpu, cuda, cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r} was asked for, but this PyTorch sees no CUDA device; use device=cpu")
+    if device.startswith("cuda:") and int(device[5:]) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={device!r} is not there; allowed: cuda:0 to cuda:{count - 1}")
     return torch.device(device)
 
 

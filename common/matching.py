@@ -88,15 +88,21 @@ class Setting:
         """Pixels on the [0, 1] scale -> network input; differentiable."""
         if self.zca is not None:
             return self.zca(pixels)
-        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
+        mean, std = self._normalisation
         return (pixels - mean) / std
 
     def pixels(self, inputs: Tensor) -> Tensor:
         """The inverse of `inputs`, not clipped."""
         if self.zca is not None:
             return self.zca.inverse(inputs)
-        mean, std = (torch.tensor(v, device=inputs.device).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
+        mean, std = (v.to(inputs.device) for v in self._normalisation)
         return inputs * std + mean
+
+    @functools.cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """Mean and std, each [C, 1, 1], on the device: copied there once, since every copy makes a GPU wait."""
+        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.train.mean, self.train.std))
+        return mean, std
 
     def distilled(self, tensors: dict[str, Tensor], settings: dict) -> DistilledSet:
         """A set in network-input space as one that can be kept: pixels and how they become network input."""
@@ -235,16 +241,16 @@ def experts(
 
     found = train_experts(
         on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare, augment=on.augment,
-        generator=rng(seed, "experts"), device=on.device, only=numbers, side_by_side=side_by_side(on.device),
+        generator=rng(seed, "experts"), device=on.device, only=numbers, side_by_side=side_by_side(on.device, on.size),
         state=restore(saved[0]) if saved else None, on_step=on_step,
     )  # fmt: skip
     bar.close()
     return Product({f"expert{e:03d}": trajectory for e, trajectory in zip(numbers, found, strict=True)}, {})
 
 
-def side_by_side(device: torch.device) -> int:
-    """Experts or students that train together, stacked: small batches leave a GPU idle, not a CPU."""
-    return 10 if device.type == "cuda" else 1
+def side_by_side(device: torch.device, size: int) -> int:
+    """Experts or students that train together, stacked: small batches of up to 64 px leave a GPU idle, not a CPU."""
+    return max(1, min(10, 10 * 64**2 // size**2)) if device.type == "cuda" else 1
 
 
 def students(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 __all__ = ["LARGE_SCALE", "PROTOCOLS", "Protocol", "large_scale"]
 
@@ -47,6 +47,10 @@ class Protocol:
                 raise ValueError(f"protocol.{f.name}={value!r} is too small; the least is {low}")
         if not self.temperature > 0 or not (self.lr is None or self.lr > 0):
             raise ValueError(f"protocol.lr={self.lr} and protocol.temperature={self.temperature} must be above 0")
+
+    def settings(self) -> dict:
+        """What decides results: all but the source."""
+        return {name: value for name, value in asdict(self).items() if name != "source"}
 
     @property
     def passes(self) -> int:

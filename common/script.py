@@ -219,7 +219,7 @@ def train_and_test(
 ) -> None:  # fmt: skip
     """Train students on what an entry made, as network input, and print their accuracies."""
     seeds = range(args.seed, args.seed + args.students)
-    facts = {**matching.facts(on, args.seed), "protocol": asdict(protocol), "seeds": list(seeds)}
+    facts = {**matching.facts(on, args.seed), "protocol": protocol.settings(), "seeds": list(seeds)}
     tested = store.make(
         "students", facts, (made.key, on.test.fingerprint),
         recorded(lambda work: matching.students(work, on, tensors, protocol, seeds), device),

@@ -61,7 +61,7 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
         return Product({k: t.contiguous() for k, t in found.items()}, {})
 
     facts = {**facts, "config": asdict(config)}
-    settings = facts | ({"protocol": asdict(protocol)} if config.method == "el2n_best" else {})
+    settings = facts | ({"protocol": protocol.settings()} if config.method == "el2n_best" else {})
     settings |= {"weighted": True} if config.method == "craig" else {}  # its students use the weights
     made = store.make("coreset", settings, inputs, recorded(choose, device))
     tensors = made.tensors()

@@ -335,12 +335,17 @@ class _Test:
         model, students = group.model, len(group.seeds)
         model.net.eval()
         right = torch.zeros(students, dtype=torch.long, device=self.device)
-        batch = 100 if self.device.type == "cpu" else 1000
+        batch = 100 if self.device.type == "cpu" else _batch_on_gpu(self.images, students)
         for x, y in zip(self.images.split(batch), self.labels.split(batch), strict=True):
             x = x.to(self.device) if self.prepare is None else self.prepare(x.to(self.device))
             logits = model(group.params, group.buffers, x.to(self.dtype), students)
             right += (logits.argmax(2) == y.to(self.device)).sum(1)
         return (100 * right.double() / len(self.labels)).tolist()
+
+
+def _batch_on_gpu(images: Tensor, students: int) -> int:
+    """Test images at once: 1,000 of 32 px for five students, fewer the larger they are and the more students."""
+    return max(1, min(1000, 5000 * 32**2 // (students * images.shape[-2] * images.shape[-1])))
 
 
 # ---------------------------------------------------------------- checks

@@ -76,10 +76,18 @@ def trained(
     """A network after its training, and the history of `fit`; what each of several processes runs."""
     net, history = networks.make(network, classes=len(data.classes), size=size, generator=rng(seed, "teacher")), []
     fit(
-        net, data, recipe, size=size, seed=seed, device=device, dtype=resolve_precision(precision, device),
-        checkpoint=checkpoint, history=history, description=f"teacher {network}",
+        net, _resident(data, device), recipe, size=size, seed=seed, device=device,
+        dtype=resolve_precision(precision, device), checkpoint=checkpoint, history=history,
+        description=f"teacher {network}",
     )  # fmt: skip
     return net, history
+
+
+def _resident(data: Dataset | Stream, device: torch.device) -> Dataset | Stream:
+    """The images on a GPU where they take less than half of its free memory: views are then cut there."""
+    if isinstance(data, Stream) or device.type != "cuda" or data.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return data
+    return data.to(device)
 
 
 def restore(tensors: dict[str, Tensor], network: str, classes: int, size: int) -> nn.Module:

@@ -127,7 +127,7 @@ def _pixels(
             order, len(range(recipe.batch)[rows]), size, "random", seed, epoch, scale=(recipe.crop, 1.0),
             gaps=rows == slice(None),
         )  # fmt: skip
-        yield from ((p.float(), i) for p, _, i in batches)
+        yield from ((p, i) for p, _, i in batches)
         return
     sizes = data.sizes if data.sizes is not None else torch.tensor(data.images.shape[2:]).expand(len(data.labels), 2)
     sizes = sizes.cpu()

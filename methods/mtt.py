@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -818,6 +819,9 @@ def distill(
         state.step, state.generator = state.step + 1, generator.get_state()
         if on_step:
             on_step(state)
+    if state.skipped:
+        share = f"{state.skipped} of {state.step} updates were left out"
+        warnings.warn(f"{share}: their loss was above threshold={config.threshold}", stacklevel=2)
     out = {"images": state.images, "lr": state.lr, "soft_labels": state.labels, "ema_images": state.ema}
     return {"labels": hard} | {name: t.detach().cpu() for name, t in out.items() if t is not None}
 

@@ -102,7 +102,7 @@ def parse(argv: list[str]) -> Args:
 def completed(args: Args) -> Args:
     """`args` with scale and workers decided; UsageError for a pattern that matches no cell."""
     if args.scale == "auto":
-        args = replace(args, scale=default_scale()[0])
+        args = replace(args, scale=default_scale(args.device)[0])
     if args.engine == "local" and not args.workers:
         args = replace(args, workers=default_workers(args))
     paper = load_paper(args.paper)
@@ -117,11 +117,11 @@ def names_scale(argv: list[str]) -> bool:
     return any(argument.startswith("scale=") and argument != "scale=auto" for argument in argv)
 
 
-def default_scale() -> tuple[str, str]:
+def default_scale(device: str = "auto") -> tuple[str, str]:
     """The scale without `scale=`, and why."""
-    if torch.cuda.is_available():
+    if resolve_device(device).type == "cuda":
         return "paper", "the default where a CUDA device is found"
-    return "smoke", "the default where no CUDA device is found"
+    return "smoke", "the default on a CPU" if torch.cuda.is_available() else "the default where no CUDA device is found"
 
 
 def default_workers(args: Args) -> int:
@@ -135,7 +135,7 @@ def default_workers(args: Args) -> int:
 
 def describe(args: Args, *, asked: bool) -> str:
     """The first line printed: what runs at which scale, and why (asked: scale= was given)."""
-    why = "asked for" if asked else default_scale()[1]
+    why = "asked for" if asked else default_scale(args.device)[1]
     device = resolve_device(args.device)
     precision = precision_name(resolve_precision(args.precision, device))
     place = f"device={device}, precision={precision}, out={args.out}, store={args.store}"

@@ -85,6 +85,7 @@ class MatchingSetup:
     def known(self) -> dict:
         """Those of the settings part that need no data: with a budget the epochs are not known."""
         found = self.facts() if self.distill["ipc"] is None else self.facts(1, 1)
+        del found["protocol"]["source"]  # words
         if self.budget:
             del found["protocol"]["epochs"]
         return found
@@ -228,25 +229,25 @@ def experts(
         what = f"{named}, {setup.run_on}, {chosen.epochs} epochs"
         return lab.stage("experts", settings, (on.train.fingerprint,), build, 3.0 * steps * on.flops, what)
 
-    return tuple(part(numbers) for numbers in _together(lab, range(chosen.experts)))
+    return tuple(part(numbers) for numbers in _together(lab, setup, range(chosen.experts)))
 
 
 def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
     """The students of a cell, each a stage, or the few that a GPU trains side by side; a random subset has one each."""
     if cell.algorithm == FULL:
-        return [full_data(lab, setup, few) for few in _together(lab, seeds)]
+        return [full_data(lab, setup, few) for few in _together(lab, setup, seeds)]
     if setup.transfer:
         each = [students(lab, cell, replace(setup, student_network=n, transfer=()), seeds) for n in setup.transfer]
         return [_mean(lab, same) for same in zip(*each, strict=True)]
     if cell.algorithm == RANDOM:
         return [_students(lab, setup, images(lab, setup, RANDOM, seed), (seed,)) for seed in seeds]
     made = images(lab, setup, cell.algorithm, 0)
-    return [_students(lab, setup, made, few) for few in _together(lab, seeds)]
+    return [_students(lab, setup, made, few) for few in _together(lab, setup, seeds)]
 
 
-def _together(lab: Lab, numbers: Sequence[int]) -> list[Sequence[int]]:
+def _together(lab: Lab, setup: MatchingSetup, numbers: Sequence[int]) -> list[Sequence[int]]:
     """Seeds or experts, divided into those that are one stage."""
-    group = matching.side_by_side(lab.device)
+    group = matching.side_by_side(lab.device, setting_of(lab, setup).size)
     return [numbers[first : first + group] for first in range(0, len(numbers), group)]
 
 
@@ -273,7 +274,7 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int])
         )
         return replace(made_by, meta={**made_by.meta, "label_bytes": matching.size_of(tensors)["label_bytes"]})
 
-    settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": list(seeds)}
+    settings = {**matching.facts(on, 0), "protocol": protocol.settings(), "seeds": list(seeds)}
     settings |= {"mix": dict(setup.mix)} if setup.mix else {}
     settings |= {"kept": True} if setup.keeps else {}
     settings |= {"looks": looks} if looks else {}
@@ -324,7 +325,7 @@ def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
         tensors = {"images": on.prepare(on.train.images), "labels": on.train.labels}
         return matching.students(work, on, tensors, protocol, seeds, keep=True)
 
-    settings = {**matching.facts(on, 0), "protocol": asdict(protocol), "seeds": list(seeds), "kept": True}
+    settings = {**matching.facts(on, 0), "protocol": protocol.settings(), "seeds": list(seeds), "kept": True}
     cost = len(seeds) * (3 * (protocol.passes) * len(on.train) + len(on.test)) * on.flops
     what = f"{_seeds(seeds)} by {protocol.name}, all of {setup.run_on}, {protocol.epochs} epochs"
     return lab.stage("students", settings, (on.train.fingerprint, on.test.fingerprint), build, cost, what)

@@ -23,6 +23,7 @@ __all__ = ["SCALES", "Cell", "Paper", "load_paper", "merged", "papers", "select"
 SCALES = ("smoke", "small", "paper")
 ROOT = Path(__file__).resolve().parent
 NEEDED = ("comparable", "seeds", "why_missing", "data")  # in every scale
+WORDS = {"table", "dataset", "method", "setting", "arch", "label_regime", "metric", "protocol", "teacher"}
 PRODUCT = ("dataset", "method", "setting", "arch", "ipc", "label_regime", "metric")
 
 
@@ -124,6 +125,9 @@ def _read(path: Path) -> dict:
         missing = [k for k in NEEDED if not isinstance(facts, dict) or k not in facts]
         if missing:
             raise ValueError(f"{path}, scale {scale}: {', '.join(missing)} must be given")
+        seeds = facts["seeds"]
+        if not (isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)):
+            raise ValueError(f"{path}, scale {scale}: seeds must be a list of whole numbers from 0, not {seeds!r}")
         if not isinstance(facts["data"], dict):
             raise ValueError(f"{path}, scale {scale}: data must be a mapping, not {facts['data']!r}")
     if not isinstance(content["cells"], list) or not content["cells"]:
@@ -143,6 +147,10 @@ def _wrong(entry: object) -> str:
         return f"unknown field {unknown[0]!r}; allowed: {', '.join(known)}, scales, as_printed"
     if missing := [k for k, f in known.items() if f.default is f.default_factory and k not in entry]:
         return f"{missing[0]} must be given"
+    for name in WORDS & entry.keys():
+        for word in entry[name] if isinstance(entry[name], list) else [entry[name]]:
+            if not isinstance(word, str):
+                return f"{name} must be text, not {word!r}"
     for ipc in entry["ipc"] if isinstance(entry["ipc"], list) else [entry["ipc"]]:
         if ipc is not None and (type(ipc) is not int or ipc < 1):
             return f"ipc must be whole numbers from 1, or null for all images, not {ipc!r}"
@@ -179,21 +187,28 @@ def select(cells: Sequence[Cell], only: Sequence[str] = (), skip: Sequence[str] 
     """The cells that match any pattern of `only` (all without one) and none of `skip`.
 
     A pattern such as `table1/imagenette/10` matches an id that has its parts in this order; parts may hold * and ?.
+    One that is the id of a cell matches that cell alone.
     Raises ValueError for a pattern that matches no cell.
     """
-    for pattern in (*only, *skip):
-        if not any(_matches(cell.id, pattern) for cell in cells):
-            example = cells[0].id if cells else "none"
-            raise ValueError(f"pattern {pattern!r} matches no cell; cells are named like {example}")
-    return [
-        cell for cell in cells
-        if (not only or any(_matches(cell.id, p) for p in only)) and not any(_matches(cell.id, p) for p in skip)
-    ]  # fmt: skip
+    ids = [cell.id for cell in cells]
+    wanted, unwanted = ({name for p in patterns for name in _matched(ids, p)} for patterns in (only, skip))
+    return [cell for cell in cells if (not only or cell.id in wanted) and cell.id not in unwanted]
 
 
-def _matches(name: str, pattern: str) -> bool:
-    parts, wanted = iter(name.split("/")), pattern.lower().replace("_", "-").strip("/").split("/")
-    return all(any(fnmatch.fnmatchcase(part, want) for part in parts) for want in wanted)
+def _matched(ids: Sequence[str], pattern: str) -> list[str]:
+    """The ids that a pattern matches; ValueError where it matches none."""
+    if pattern in ids:
+        return [pattern]
+    wanted = pattern.lower().replace("_", "-").strip("/").split("/")
+    if not (found := [name for name in ids if _has_in_order(name.split("/"), wanted)]):
+        example = ids[0] if ids else "none"
+        raise ValueError(f"pattern {pattern!r} matches no cell; cells are named like {example}")
+    return found
+
+
+def _has_in_order(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    left = iter(parts)
+    return all(any(fnmatch.fnmatchcase(part, want) for part in left) for want in wanted)
 
 
 def slug(text: str) -> str:

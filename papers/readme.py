@@ -207,7 +207,9 @@ def wmdd(tables: Path) -> str:
 
 
 def number(row: dict, regime: str) -> str:
-    return "not run" if row.get(regime) is None else f"{row[regime]:.1f} ± {row[f'{regime}_std']:.1f}"
+    if row.get(regime) is None:
+        return "not run"
+    return f"{row[regime]:.1f}" + ("" if (std := row[f"{regime}_std"]) is None else f" ± {std:.1f}")
 
 
 def updated(text: str, block: str) -> str:

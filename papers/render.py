@@ -119,8 +119,7 @@ def _block(rows: Sequence[Row], layout: Mapping, field: str, title: str, remarks
         place = _label(row, layout["rows"]), _column(row, layout["columns"])
         if place in texts:
             raise ValueError(f"the layout of {row['table']} puts two numbers at {place[0]}, {' '.join(place[1])}")
-        std = None if field == "ours" and row["seeds"] == 1 else row[f"{field}_std"]
-        texts[place] = _number(row[field], std, _decimals(rows, row["metric"]))
+        texts[place] = _number(row[field], row[f"{field}_std"], _decimals(rows, row["metric"]))
     used = {column for _, column in texts}
     columns = [column for column in _columns(rows, layout["columns"]) if column in used]
     corner = ", ".join(layout["rows"])

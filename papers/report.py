@@ -27,7 +27,7 @@ EXTRAS_COLUMNS = (
     "table", "dataset", "method", "setting", "arch", "ipc", "soft", "soft_std", "hard", "hard_std", "random_soft",
     "random_hard", "over_random", "seeds", "image_bytes", "label_bytes", "seconds", "peak_memory_bytes", "run_on",
 )  # fmt: skip
-CELL_FIELDS = (*KEY, "label_regime", "values", "mean", "std", "run_on")
+CELL_FIELDS = ("cell", *KEY, "label_regime", "values", "seeds", "mean", "std", "run_on", "settings")
 
 RANDOM = "Random real (ours)"  # the method name of cells that use random real images under the same recipe
 TOLERANCE_POINTS = 1.0  # percentage points allowed beyond two standard errors: other hardware, libraries, teachers
@@ -98,7 +98,7 @@ def load_cells(folder: str | Path) -> list[Row]:
         first = paths.setdefault((_key(cell), cell["label_regime"]), path)
         if first != path:
             raise ValueError(f"{path} and {first} hold the same cell")
-        cells.append(cell)
+        cells.append(cell if len(cell["values"]) > 1 else cell | {"std": None})  # one value has no spread
     return cells
 
 

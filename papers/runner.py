@@ -81,6 +81,16 @@ class Run:
                 row["status"] = f"not run: {layout['not_run'][row['method']]}"
         return rows
 
+    def check(self) -> None:
+        """ValueError for result files, printed numbers, layouts or figures that could not be reported in the end."""
+        for table, layout in self.paper.tables.items():
+            if rows := self.rows(table):
+                report.terminal(rows, layout)
+        if (figures := figures_of(self.paper)) is None:
+            return
+        if unknown := [name for name in self.paper.figures if not hasattr(figures, name)]:
+            raise ValueError(f"paper.yaml of {self.paper.name} names {unknown[0]}, which its figures.py does not draw")
+
     def values(self, table: str) -> list[dict]:
         """Result files of one table or figure, one row a seed: for plots."""
         cells = [r for r in self.results.values() if r["table"] == table]
@@ -124,8 +134,9 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
         else:
             try:
                 out.append(Planned(cell, setup, tuple(usable(stages_of, cell, setup, lab, seeds))))
-            except FileNotFoundError as error:
-                missing[setup.sets] = f"missing data: {error}"
+            except OSError as error:
+                kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+                missing[setup.sets] = f"{kind} data: {error}"
                 out.append(Planned(cell, setup, why=missing[setup.sets]))
             except ValueError as error:  # of this cell alone
                 out.append(Planned(cell, setup, why=f"failed: {error}"))
@@ -221,12 +232,18 @@ def run(args: Args) -> Run:
         return Run(args, paper, lab, planned, folder, {})
     with engine(args) as run_planned:
         planned = make_plan(args, paper, lab)
+        gathered(args, paper, lab, planned, folder).check()
         try:
             run_planned(planned, lab, folder, args)
         finally:
-            finished = Run(args, paper, lab, planned, folder, read_results(planned, folder, paper.scales[args.scale]))
+            finished = gathered(args, paper, lab, planned, folder)
             write_report(finished)
     return finished
+
+
+def gathered(args: Args, paper: Paper, lab: Lab, planned: list[Planned], folder: Path) -> Run:
+    """The run with all result files that its folder has now."""
+    return Run(args, paper, lab, planned, folder, read_results(planned, folder, paper.scales[args.scale]))
 
 
 @contextmanager
@@ -295,7 +312,8 @@ def finish(p: Planned, lab: Lab, folder: Path, args: Args, place: str, spent: Ca
         print(f"{place} {p.cell.id}  FAILED: {error} (traceback in {log})", flush=True)
         return
     write_atomic(result_path(p.cell, folder), (json.dumps(result, indent=1) + "\n").encode())
-    number = f"{result['mean']:.4f} h" if p.cell.metric == "time" else f"{result['mean']:.2f} ± {result['std']:.2f}"
+    spread = "" if result["std"] is None else f" ± {result['std']:.2f}"
+    number = f"{result['mean']:.4f} h" if p.cell.metric == "time" else f"{result['mean']:.2f}{spread}"
     print(f"{place} {p.cell.id}  {number}  ({clock(spent())})", flush=True)
 
 
@@ -325,7 +343,7 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     ]
     return {
         "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
-        "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else 0.0,
+        "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else None,
         "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": lab.run_on(p.setup),
         "settings": {**lab.facts(p.setup), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),
@@ -373,15 +391,11 @@ def write_report(finished: Run) -> None:
 
 def draw_figures(finished: Run) -> list[str]:
     """Draw every figure whose results are there; returns their names."""
-    try:
-        figures = importlib.import_module(f"papers.{finished.paper.name}.figures")
-    except ImportError as error:
-        print(f"figures are left out: {error}")
+    if (figures := figures_of(finished.paper)) is None:
+        print("figures are left out: the plotting packages cannot be imported")
         return []
     drawn = []
     for name in finished.paper.figures:
-        if not hasattr(figures, name):
-            raise ValueError(f"paper.yaml of {finished.paper.name} names {name}, which its figures.py does not draw")
         figure = getattr(figures, name)(finished)
         if figure is None:
             continue
@@ -390,6 +404,14 @@ def draw_figures(finished: Run) -> list[str]:
             write_atomic(finished.folder / f"{name}.{kind}", picture.getvalue())
         drawn.append(name)
     return drawn
+
+
+def figures_of(paper: Paper):
+    """The module that draws a paper's figures; None where the plotting packages are not there."""
+    try:
+        return importlib.import_module(f"papers.{paper.name}.figures")
+    except ImportError:
+        return None
 
 
 def show(finished: Run) -> str:

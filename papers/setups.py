@@ -72,7 +72,7 @@ def outdated(scale: Mapping, cell: Cell, result: Mapping) -> bool:
     """Whether a result was made with other settings than the scale has now for its cell; needs no data."""
     try:
         setup = setup_of(scale, cell)
-    except (ValueError, TypeError):  # settings that no method has: the plan says so
+    except (AttributeError, KeyError, TypeError, ValueError):  # settings that no method has: the plan says so
         return False
     if setup is None:
         return False

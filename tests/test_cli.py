@@ -152,6 +152,7 @@ def test_any_text_gives_the_declared_type_or_a_usage_error(key, text):
     (FileNotFoundError(2, "No such file or directory", "a.pt"), 1, "error: a.pt: No such file or directory\n"),
     (OSError("cannot write runs/x: full"), 1, "error: cannot write runs/x: full\n"),
     (RuntimeError(), 1, "error: RuntimeError\n"),
+    (FloatingPointError("the loss is nan at step 7"), 1, "error: the loss is nan at step 7\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
 ])
 def test_guard_says_one_sentence(capsys, monkeypatch, error, status, words):

@@ -205,6 +205,8 @@ def test_mtt_layout_there_and_back(tmp_path):
     back = load(tmp_path / "set", mean=MEAN, std=STD)
     assert torch.allclose(back.images, made.images, atol=1e-6) and back.student_lr == pytest.approx(0.02)
     assert torch.equal(back.soft_labels, made.soft_labels)
+    write_mtt_pt(replace(made, student_lr=None), tmp_path / "set")  # in its place: its rate must not stay behind
+    assert load(tmp_path / "set", mean=MEAN, std=STD).student_lr is None
 
 
 def test_a_whitened_set_says_so(tmp_path):

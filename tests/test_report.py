@@ -24,6 +24,7 @@ LAYOUT = {"caption": "Methods & budgets", "rows": ["method"], "columns": ["datas
 def cell(method="WMDD", ipc=10, mean=50.0, std=1.0, seeds=4, **other):
     values = {"table": "table1", "dataset": "ImageNette", "method": method, "setting": "", "arch": "ResNet-18"}
     values |= {"ipc": ipc, "metric": "accuracy", "label_regime": "soft", "values": [mean] * seeds, "mean": mean}
+    values |= {"cell": f"{values['table']}/{method}/{ipc}", "seeds": list(range(seeds)), "settings": {}}
     return values | {"std": std, "run_on": "digits 32 px"} | other
 
 
@@ -114,12 +115,18 @@ def test_cells_are_found_in_nested_folders(tmp_path):
     assert report.load_cells(tmp_path / "nothing") == []
 
 
+def test_one_value_has_no_spread(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(cell(seeds=1, std=0.0)), encoding="utf-8")
+    (found,) = report.load_cells(tmp_path)
+    assert found["std"] is None and rows_of([found])[0]["ours_std"] is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"table": "table1"', "a.json is not JSON .* run its cell again"),
-        ('{"table": "table1"}', "a.json is not a result of a cell: it lacks dataset, method"),
-        ("[]", "a.json is not a result of a cell: it lacks table"),
+        ('{"table": "table1"}', "a.json is not a result of a cell: it lacks cell, dataset, method"),
+        ("[]", "a.json is not a result of a cell: it lacks cell, table"),
         (json.dumps(cell(mean=math.nan)), "a.json: mean is nan over 4 seeds"),
         (json.dumps(cell(seeds=0)), "a.json: mean is 50.0 over 0 seeds"),
     ],

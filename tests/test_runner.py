@@ -238,6 +238,7 @@ def test_patterns_match_parts_in_order():
     with pytest.raises(ValueError, match="figure9"):
         select(cells, ["figure9"])
     steps = load_paper("nrr_dd").cells_at("smoke")
+    assert all(select(steps, [cell.id]) == [cell] for cell in steps)  # also where others have its parts in this order
     assert select(steps, ["figure_steps"]) == select(steps, ["figure-steps"]) != []  # ids have no underscore
 
 

@@ -275,6 +275,7 @@ def test_wrong_settings_are_named(data):
         (lambda: Recipe(labels="none"), "soft"),
         (lambda: Recipe(epochs=0), "epochs=0"),
         (lambda: resolve_device("tpu"), "cuda"),
+        (lambda: resolve_device("cuda:one"), "allowed: auto, cpu, cuda, cuda:N"),
         (lambda: resolve_precision("fp8", CPU), "bf16"),
         (lambda: student(data, Recipe(epochs=1)), "soft labels were not given"),
     ):
