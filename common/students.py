@@ -5,10 +5,10 @@
     )
     print(found.accuracies)
 
-Every draw is a pure function of (seed, epoch, batch), so a killed run continues bit for bit, and a student is the same
-alone or beside others.  Several train side by side with stacked parameters: SGD and Adam are elementwise, so one
-optimiser on the stack does what one for each would do.  Accuracy is that after the last pass; nothing is chosen on the
-test set.
+Every draw is a pure function of (seed, epoch, batch), so a killed run continues bit for bit (on a CPU), and a student
+is the same alone or beside others.  Several train side by side with stacked parameters: SGD and Adam are elementwise,
+so one optimiser on the stack does what one for each would do.  Accuracy is that after the last pass; nothing is chosen
+on the test set.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def fit(
     soft: the teacher's labels where recipe.labels is "soft"; loss: what is made of them in place of `kd_loss`; weights:
     [M] sample weights of `kd_loss` or None.  masks: seed of dropout, `seed` by default.  history: a list that receives
     [epoch, mean loss, what on_epoch returned].
-    With a checkpoint a killed run continues bit for bit, its history too.  Raises FloatingPointError when the loss is
-    not finite, naming the step; the last good state stays in the checkpoint.
+    With a checkpoint a killed run continues bit for bit (on a CPU), its history too.  Raises FloatingPointError when
+    the loss is not finite, naming the step; the last good state stays in the checkpoint.
 
     Where several processes train together (common/distributed.py) each computes its rows of every batch, and all take
     the steps of one process; the first one's checkpoint counts.  ValueError for what they cannot share.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.store import write_atomic
 from papers.plan import ROOT, SCALES, load_paper, papers
+from papers.render import stood_for
 from papers.report import KEY, TOLERANCE_POINTS, load_cells, load_reported, table_rows
 from papers.setups import outdated
 
@@ -21,8 +22,9 @@ One row a number that was computed here on real images: the printed number, ours
 students), what it was run on, and the commit and hardware. Numbers of digits (`scale=smoke`) show that everything runs
 and claim nothing; they are counted, and lie in `tables/<paper>/smoke`. With published settings a number is `reproduced`
 where the means lie within two standard errors of their difference and {TOLERANCE_POINTS:g} point, else it `differs`;
-reduced settings or other data are `not comparable`. Each row's cell is run again by
-`bash run_all.sh paper=PAPER scale=SCALE only=CELL`; its settings stand in `tables/PAPER/SCALE/cells/`.
+reduced settings or other data are `not comparable`; a printed number of another data set has its name behind it.
+Each row's cell is run again by `bash run_all.sh paper=PAPER scale=SCALE only=CELL data=FOLDER`; its settings stand in
+`tables/PAPER/SCALE/cells/`.
 
 Written by `python -m papers.claims`.
 """
@@ -90,6 +92,7 @@ def row(cell: dict, scale: str, status: str, theirs: dict | None) -> str:
     """One line of the table."""
     number = "-" if theirs is None else f"{theirs['value']:g}"
     number += f" ± {theirs['std']:g}" if theirs and theirs["std"] is not None else ""
+    number += f" ({other})" if theirs and (other := stood_for(cell["dataset"], cell["run_on"])) else ""
     count = len(cell["values"])
     ours = f"{cell['mean']:.2f}" + (f" ± {cell['std']:.2f}" if count > 1 else "") + f" ({count})"
     seconds, commit = sum(cell["seconds"].values()), (cell.get("commit") or "-")[:10]

@@ -7,6 +7,7 @@ Printed numbers and ours stand in separate blocks and share neither column nor r
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,16 @@ def extras_markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def stood_for(dataset: str, run_on: str) -> str:
+    """The printed data set where a result was made with another one, else nothing: "ImageNette" for digits."""
+    kept = re.match(r"[\w -]*?(?=$|,| kept as| \()", run_on)[0]
+    return "" if _letters(kept) == _letters(dataset) else dataset
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 # Blocks
 
 
@@ -103,6 +114,8 @@ def _blocks(rows: Sequence[Row], layout: Mapping) -> list[Block]:
     blocks = [_block(rows, layout, "reported", "Printed in the paper", _notes(rows, layout))]
     ours = [row for row in rows if row["ours"] is not None]
     title = f"Ours ({'; '.join(dict.fromkeys(row['run_on'] for row in ours))}"
+    if others := list(dict.fromkeys(filter(None, (stood_for(row["dataset"], row["run_on"]) for row in ours)))):
+        title += f" in place of {', '.join(others)}"
     if all(row["status"].startswith("not comparable") for row in ours):
         title += ", not comparable with the printed numbers"
     seeds = " or ".join(str(count) for count in sorted({row["seeds"] for row in ours}))

@@ -34,7 +34,7 @@ ALGORITHMS = (*image_stages.IMAGES, *matching_stages.ALGORITHMS)
 __all__ = ["Args", "Run", "describe", "main", "names_scale", "parse", "run"]
 
 
-LEFT_OUT = "left out by only= or skip="
+LEFT_OUT = "planned, left to another run by only= or skip="
 
 
 @dataclass

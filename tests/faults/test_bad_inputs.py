@@ -68,7 +68,6 @@ ARGUMENTS = [
     Case("unknown precision", "runner paper=matching dry_run=true precision=fp16",
          "precision=fp16.*allowed: auto, bf16, fp32"),
     Case("unknown engine", "runner paper=matching dry_run=true engine=dask", "engine=dask.*allowed: local, ray"),
-    Case("address without ray", "runner paper=matching dry_run=true address=node:1", "address= needs engine=ray"),
     Case("negative workers", "runner paper=matching dry_run=true workers=-1", "workers=-1: must be at least 0"),
     Case("address without ray", "runner paper=matching dry_run=true address=a:1", "address= needs engine=ray"),
     Case("unknown key", "runner paper=matching dry_run=true speed=1", "unknown key 'speed'.*allowed: paper"),
