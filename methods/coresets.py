@@ -19,7 +19,7 @@ what enters the last nn.Linear, and g = [e, e h^T] the loss gradient of that lay
   graphcut           greedy on sum_{i, j in S} s_ij - sum_{i in S, j in S} s_ij        (Iyer et al., 2021)
   craig              facility location on max d - d_ij, d = |g_i - g_j|, with weights  (Mirzasoleiman et al., 2020)
   glister            largest <g_x, mean g>, or with a step of the model after a pick   (Killamsetty et al., 2021)
-  cal                symmetric KL between p of an image and of its ten neighbours      (Margatina et al., 2021)
+  cal                KL between p of an image and of its ten neighbours                (Margatina et al., 2021)
   forgetting(_easy)  how often learned and lost again: most (least) first              (Toneva et al., 2019)
   el2n(_easy)        |e| at an early epoch: largest (smallest) first                   (Paul et al., 2021)
   el2n_best          the window of the EL2N order whose students do best on held-out images
@@ -33,7 +33,8 @@ the lower image number.  Every class gives I images, a smaller one all it has, w
 
 Where DeepCore or an official code differs, and what is taken here (options have both values):
   herding      DeepCore takes the argmax, which picks outliers; argmin here
-  cal          DeepCore keeps the smallest divergences, the original the largest; DeepCore's here
+  cal          DeepCore keeps the smallest symmetric divergences, the original the largest KL(neighbour | image);
+               DeepCore's here, cal=largest is the original's
   glister      DeepCore's update never runs (a misspelt keyword): the first gains rank all; so here, `update` mends it
   craig        DeepCore's weights are one too high; the member counts here, which weigh the loss of students
   least conf.  DeepCore reads the largest logit; the probability here
@@ -106,7 +107,7 @@ class Config:
     never: str = _option("hardest", "images never learned: hardest of all, or no event (DeepCore)",
                          choices=("hardest", "zero"))  # fmt: skip
     lc_logit: bool = _option(False, "least confidence by the largest logit (DeepCore)")
-    cal: str = _option("smallest", "divergences kept: smallest (DeepCore) or largest (original)",
+    cal: str = _option("smallest", "kept: smallest symmetric KL (DeepCore), or largest KL(neighbour|image) (original)",
                        choices=("smallest", "largest"))  # fmt: skip
     neighbours: int = _option(10, "of CAL", minimum=1, source="both codes")
     glister: str = _option("static", "static: first gains rank all (DeepCore); update: after every pick",
@@ -485,8 +486,13 @@ def dual(p_true: Tensor, window: int) -> Tensor:
     return torch.cat([(std * (1 - mean)).mean(0) for mean, std in windowed(p_true, window)])
 
 
-def cal(features: Tensor, p: Tensor, neighbours: int) -> Tensor:
-    """Mean symmetric KL of p [n, K] between an image and its nearest ones in features [n, D] -> [n]."""
+def cal(features: Tensor, p: Tensor, neighbours: int, one_sided: bool = False) -> Tensor:
+    """Mean KL of p [n, K] between an image and its nearest ones in features [n, D] -> [n]; 0 for one image alone.
+
+    Symmetric, KL(a|b) / 2 + KL(b|a) / 2 = <a - b, log a - log b> / 2; one_sided: KL(neighbour|image).
+    """
+    if len(p) == 1:
+        return p.new_zeros(1)
     gram = _gram(features - features.mean(0))
     square = gram.diagonal().clone()
     distance = gram.mul_(-2).add_(square).fill_diagonal_(math.inf)  # up to a constant of the row
@@ -495,8 +501,8 @@ def cal(features: Tensor, p: Tensor, neighbours: int) -> Tensor:
     logs = p.log()
     parts = []
     for i, j in zip(torch.arange(len(p), device=p.device).split(512), near.split(512), strict=True):
-        # KL(a|b) / 2 + KL(b|a) / 2 = <a - b, log a - log b> / 2
-        parts.append((0.5 * (p[i][:, None] - p[j]) * (logs[i][:, None] - logs[j])).sum(2).mean(1))
+        weight = p[j] if one_sided else 0.5 * (p[j] - p[i][:, None])  # [b, neighbours, K]
+        parts.append((weight * (logs[j] - logs[i][:, None])).sum(2).mean(1))
     return torch.cat(parts)
 
 
@@ -533,7 +539,8 @@ def image_score(bank: Bank, config: Config, classes: list[Tensor], device: torch
         if config.method == "glister":
             own = gains(error, features, error)
         else:
-            own = cal(features, error + F.one_hot(bank.labels[rows], error.shape[1]).to(error), config.neighbours)
+            p = error + F.one_hot(bank.labels[rows], error.shape[1]).to(error)
+            own = cal(features, p, config.neighbours, one_sided=config.cal == "largest")
         found[rows] = own.double().cpu()
     return found
 

@@ -197,6 +197,8 @@ def test_cal_is_the_mean_divergence_to_the_neighbours():
         wanted = sum(0.5 * kl(safe[i], safe[j]) + 0.5 * kl(safe[j], safe[i]) for j in near) / 4
         assert found == pytest.approx(wanted, rel=1e-9)
 
+        one_sided = float(coresets.cal(features, p, 4, one_sided=True)[i])
+        assert one_sided == pytest.approx(sum(kl(safe[j], safe[i]) for j in near) / 4, rel=1e-9)
 
 # ---------------------------------------------------------------- k-means
 
@@ -300,10 +302,18 @@ def test_scores_of_an_epoch_keep_the_right_end(method, options, score, largest):
 
 def test_cal_keeps_the_smallest_or_the_largest():
     bank = a_bank()
+    """By the symmetric divergence, and by that of the neighbours from the image."""
     small, large = choose(bank, "cal", ipc=20), choose(bank, "cal", ipc=20, cal="largest")
-    assert small["indices"][:20].tolist() == large["indices"][:20].flip(0).tolist()
     assert small["scores"][small["indices"][:20]].diff().min() >= 0
 
+    assert large["scores"][large["indices"][:20]].diff().max() <= 0
+    assert not torch.allclose(small["scores"], large["scores"])
+
+
+def test_an_image_alone_in_its_class_has_no_neighbour_to_differ_from():
+    bank = a_bank(labels=torch.tensor([0] * 9 + [1]), classes=2)
+    found = choose(bank, "cal", ipc=1)
+    assert found["indices"][1] == 9 and found["scores"][9] == 0 and found["scores"].isfinite().all()
 
 def test_beta_moves_the_window_along_the_order():
     bank = a_bank()
