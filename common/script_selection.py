@@ -33,7 +33,8 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
     """
     given = dict(a.partition("=")[::2] for a in argv)
     dataset, name = given.get("dataset", Common.dataset), given.get("method", method.Config.method)
-    run = method.published(dataset, name) if name in method.METHODS else {"augment": "none"}
+    network = given.get("network") or "convnet"  # empty: the ConvNet of the papers
+    run = method.published(dataset, name, network) if name in method.METHODS else {"augment": "none"}
     kind = run.pop("augment")
     args, config, device = parse(argv, "coresets", Matching, method.Config, {(dataset, None): run})
     store = Store(Path(args.store).expanduser())

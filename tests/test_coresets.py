@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import nn
 
+from common import script_selection
 from common.augment import rng
 from methods import coresets
 from methods.coresets import METHODS, Bank, Config, CropFlip, State
@@ -563,6 +564,20 @@ def test_every_published_run_is_a_config():
 
 
 # ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("method", "resnet"), [("el2n", 0.1), ("dual", 0.1), ("craig", 0.1), ("kmeans", 0.01)])
+def test_a_convnet_scores_at_its_own_rate(method, resnet, monkeypatch):
+    """In the script, whose default network is the ConvNet."""
+
+    def parse(argv, name, shared, config, published):
+        (row,) = published.values()
+        raise InterruptedError(row.get("lr", config.lr))
+
+    monkeypatch.setattr(script_selection, "parse", parse)
+    for network, rate in (("", 0.01), ("convnet3-instance", 0.01), ("resnet18-mod", resnet)):
+        with pytest.raises(InterruptedError, match=f"^{rate}$"):
+            script_selection.run_selection(["dataset=cifar10", f"method={method}", f"network={network}"], coresets)
 
 
 @pytest.mark.parametrize(
