@@ -28,8 +28,9 @@ what enters the last nn.Linear, and g = [e, e h^T] the loss gradient of that lay
   dyn_unc            mean over windows of J epochs of std(p_y)                         (He et al., 2024)
   dual(_beta)        mean over windows of std(p_y) (1 - mean(p_y)), first epochs only  (Cho et al., 2025)
 
-`beta` leaves out the first share of n - I images of any order by score (EL2N fractions; SelMatch's window).  Ties go to
-the lower image number.  Every class gives I images, a smaller one all it has, with a warning.
+`beta` leaves out the first share of n - I images of any order by score (EL2N fractions; SelMatch's window); methods
+without such an order refuse it.  Ties go to the lower image number.  Every class gives I images, a smaller one all it
+has, with a warning.
 
 Where DeepCore or an official code differs, and what is taken here (options have both values):
   herding      DeepCore takes the argmax, which picks outliers; argmin here
@@ -43,6 +44,7 @@ Where DeepCore or an official code differs, and what is taken here (options have
                is an option
   balance      EL2N, Dyn-Unc, DUAL and GraNd rank all classes together (balanced=false); by class here
   k-means      starts are compared in a random projection, `sketch` dimensions wide; the best is refined in all of them
+  network      the sources score with a ResNet-18 at a rate of 0.1; the script with its students' ConvNet, at 0.01
 Needs torch alone; copy this file alone.
 """
 
@@ -52,7 +54,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -141,8 +143,12 @@ class Config:
             raise ValueError(f"stop={self.stop} is past the end of the schedule, epochs={self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov=True needs a momentum above 0")
-        if not self.balanced and self.method in GREEDY:
-            raise ValueError(f"balanced=False ranks scores of single images; method={self.method!r} has none")
+        if not self.balanced and self.method in (*GREEDY, "el2n_best"):
+            raise ValueError(f"balanced=False ranks scores of all images together; method={self.method!r} cannot")
+        static = self.method == "glister" and self.glister == "static"  # the one of GREEDY with an order by score
+        if self.beta and not static and self.method in (*GREEDY, "random", "dual_beta", "el2n_best"):
+            raise ValueError(f"beta={self.beta} moves along an order by score; method={self.method!r} has none of its "
+                             "own, pass beta=0")  # fmt: skip
 
     @property
     def trained(self) -> int:
@@ -195,14 +201,14 @@ def published(dataset: str, method: str, network: str = "resnet18") -> dict:
     found = dict(RUNS.get((dataset, kind), RUNS.get((None, kind), {"augment": "none"})))
     if dataset == "svhn" and found["augment"] == "crop-flip":
         found["augment"] = "crop"
+    if not network.startswith("resnet"):
+        found["lr"] = min(found.get("lr", Config.lr), _FEATURES["lr"])
     return found
 
 
 # ---------------------------------------------------------------- the bank and the scoring run
 
 
-    if not network.startswith("resnet"):
-        found["lr"] = min(found.get("lr", Config.lr), _FEATURES["lr"])
 @dataclass
 class Bank:
     """What a scoring run of S epochs leaves of N images; arrays that a run of another kind does not have are None."""
@@ -861,19 +867,19 @@ def select(
         ]
         return _grouped(torch.cat(chosen), labels)
     score = torch.stack([image_score(own, config, classes, device).cpu() for own in banks]).mean(0).float()
-    if score.isnan().any():
-        raise ValueError(f"the scores of method={config.method!r} have a NaN: the scoring run went astray")
-    found = {"scores": score}
+    never_learned = config.method.startswith("forgetting") & score.isposinf()  # infinite by design
+    if not (score.isfinite() | never_learned).all():
+        raise ValueError(f"scores of method={config.method!r} have a NaN or an infinity: the scoring run went astray")
+    found, beta = {"scores": score}, config.beta
     if config.method == "el2n_best":
-        beta, found = best_window(score, classes, config, accuracy, generator)
-        config = replace(config, beta=beta)
-        found["scores"] = score
+        beta, tried = best_window(score, classes, config, accuracy, generator)
+        found |= tried
     if config.method == "dual_beta":
         mean = torch.stack([_first_of_dual(own, config).double().mean(0).cpu() for own in banks]).mean(0)
         draw = lambda rows, n: beta_sample(score.double(), mean, rows, n, config.beta_power, generator)  # noqa: E731
     else:
         low = config.method in LOWEST_FIRST or (config.method == "cal" and config.cal == "smallest")
-        draw = lambda rows, n: ordered(score, rows, n, low, config.beta)  # noqa: E731
+        draw = lambda rows, n: ordered(score, rows, n, low, beta)  # noqa: E731
     chosen = torch.cat([draw(rows, n) for rows, n in zip(groups, counts, strict=True)])
     return _grouped(chosen, labels) | found
 
@@ -894,6 +900,8 @@ def best_window(
     held = torch.cat([rows[: max(1, len(rows) // 10)] for rows in apart]).sort().values
     pool = [rows[max(1, len(rows) // 10) :].sort().values for rows in apart]
     tried = [float(accuracy(chosen, held)) for _, chosen in candidate_windows(score, pool, config.ipc)]
+    if bad := [beta for beta, found in zip(BETAS, tried, strict=True) if not math.isfinite(found)]:
+        raise ValueError(f"the accuracy of the windows at beta={bad} is not a finite number; none can be called best")
     facts = {"betas": torch.tensor(BETAS), "accuracies": torch.tensor(tried)}
     return BETAS[int(facts["accuracies"].argmax())], facts
 
