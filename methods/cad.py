@@ -377,7 +377,7 @@ def prune(scores: Tensor, labels: Tensor, ipc: int) -> Tensor:
 
 
 def ranked(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """The images of class k, highest score first, ties by index: int64 [n]."""
+    """The images of class k, highest score first, ties by index: int64 [n]; ValueError for scores that rank nothing."""
     rows = (labels == k).nonzero().flatten()
     return rows[scores[rows].argsort(descending=True, stable=True)]
 
@@ -388,6 +388,8 @@ def ranked(scores: Tensor, labels: Tensor, k: int) -> Tensor:
 # --- begin shared block: resample_matrix (a test keeps its copies equal) ---
 def resample_matrix(start: Tensor, length: Tensor, out: int, size: int) -> Tensor:
     """Rows that crop [start, start + length) from `size` pixels and resize it to `out` pixels.
+    if not scores[rows].isfinite().all():
+        raise ValueError(f"the scores of class {k} have a NaN or an infinity: the scoring run went astray")
 
     start, length: [B] in whole pixels -> [B, out, size] float32, each row sums to 1.  Bilinear with half-pixel centres,
     widened to a triangle filter when the crop shrinks (as PIL and torchvision's antialias do).

@@ -603,6 +603,17 @@ def test_what_cannot_work_is_named_before_any_work(settings, sample, words):
 
 def test_what_is_missing_is_named_before_any_work():
     images, labels = data()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", ["cad", "ca2d"])
+def test_scores_that_rank_nothing_choose_nothing(method, value, monkeypatch):
+    images, labels = data()
+    bad = torch.rand(COUNT, generator=rng(0))
+    bad[int((labels == 1).nonzero()[0])] = value
+    monkeypatch.setattr(cad, "dynamic_score", lambda *_: bad)
+    with pytest.raises(ValueError, match="scores of class 1 have a NaN or an infinity"):
+        distill(replace(PARTS, method=method), (images, labels), teacher=Colour())
+
+
     crops, asked = replace(PARTS, method="ca2d"), {"make_network": Untouchable}
     with pytest.raises(ValueError, match="trained teacher; pass teacher="):
         distill(crops, **asked)
