@@ -125,10 +125,13 @@ def _named(config: cad.Config) -> dict:
 
 
 def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: cad.Config) -> Stage:
+    kind = cad.augmentation(setup.dataset)
+
     def build(work: Path) -> Product:
-        return Product(scored(work, on, cad, config, on.augment, 0, steps), {})
+        return Product(scored(work, on, cad, config, augment_of(kind, on, cad), 0, steps), {})
 
     run = {name: value for name, value in _named(config).items() if name not in SELECTS}
+    run |= {} if kind == "dsa" else {"augment": kind}  # named only where it is another one, as full_epochs is
     looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
     cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
     settings, what = {**matching.facts(on, 0), "run": run}, f"compute-matched scores, {setup.run_on}, {steps} steps"
