@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -202,14 +203,16 @@ def distil(
         state=restore(saved[0]) if saved else None, on_step=on_step,
     )  # fmt: skip
     bar.close()
-    return Product(tensors, {"losses": losses, **size_of(tensors)}, {"preview.png": preview(on, tensors, config.ipc)})
+    return Product(tensors, {"losses": losses, **size_of(tensors)}, {"preview.png": preview(on, tensors)})
 
 
-def preview(on: Setting, tensors: dict[str, Tensor], ipc: int) -> bytes:
-    """A PNG grid of the first ten classes, at most ten images each."""
-    classes = min(10, len(on.train.classes))
-    shown = torch.cat([torch.arange(k * ipc, k * ipc + min(ipc, 10)) for k in range(classes)])
-    return grid(on.pixels(tested_images(tensors)[shown]), min(ipc, 10))
+def preview(on: Setting, tensors: dict[str, Tensor]) -> bytes:
+    """A PNG grid of the first ten classes, at most ten images each; a class of fewer leaves its row open."""
+    labels = tensors["labels"].cpu()
+    shown = [(labels == k).nonzero().flatten()[:10] for k in range(min(10, len(on.train.classes)))]
+    columns, found = max(map(len, shown)), on.pixels(tested_images(tensors)[torch.cat(shown)])
+    rows = [F.pad(own, (0, 0) * 3 + (0, columns - len(own)), value=1.0) for own in found.split([*map(len, shown)])]
+    return grid(torch.cat(rows), columns)
 
 
 def tested_images(tensors: dict[str, Tensor]) -> Tensor:

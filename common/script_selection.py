@@ -33,7 +33,8 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
     """
     given = dict(a.partition("=")[::2] for a in argv)
     dataset, name = given.get("dataset", Common.dataset), given.get("method", method.Config.method)
-    run = method.published(dataset, name) if name in method.METHODS else {"augment": "none"}
+    network = given.get("network") or "convnet"  # empty: the ConvNet of the papers
+    run = method.published(dataset, name, network) if name in method.METHODS else {"augment": "none"}
     kind = run.pop("augment")
     args, config, device = parse(argv, "coresets", Matching, method.Config, {(dataset, None): run})
     store = Store(Path(args.store).expanduser())
@@ -98,10 +99,11 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
     if config.method == "ca2d":
         teacher, entry = own_teacher(store, on, args, device)
         inputs = (*inputs, entry.key)
-    facts = {**matching.facts(on, args.seed), "config": asdict(config)}
+    kind = method.augmentation(args.dataset)
+    facts = {**matching.facts(on, args.seed), "config": asdict(config)} | ({} if kind == "dsa" else {"augment": kind})
     made = store.make(
         config.method, facts, inputs,
-        recorded(lambda work: _chosen(work, on, config, method, teacher, args.seed), device),
+        recorded(lambda work: _chosen(work, on, config, method, teacher, args.seed, kind), device),
     )  # fmt: skip
     tensors = made.tensors()
     train, pixels = on.train, tensors["images"]
@@ -139,8 +141,8 @@ def own_teacher(store: Store, on: matching.Setting, args, device: torch.device) 
     return net.to(device).eval().requires_grad_(False), entry
 
 
-def _chosen(work: Path, on: matching.Setting, config, method: ModuleType, teacher, seed: int) -> Product:
-    """What the method makes, its images on the [0, 1] scale."""
+def _chosen(work: Path, on: matching.Setting, config, method: ModuleType, teacher, seed: int, kind: str) -> Product:
+    """What the method makes, its images on the [0, 1] scale; kind: the augmentation of the scoring run."""
     checkpoint, train = Checkpoint(work / "state.safetensors"), on.train
     saved = checkpoint.load()
     state = method.State.restore(saved[0]) if saved else None
@@ -154,8 +156,8 @@ def _chosen(work: Path, on: matching.Setting, config, method: ModuleType, teache
 
         made = method.distill(
             train.images, train.labels, config, make_network=on.make_network, teacher=teacher, prepare=on.prepare,
-            augment=on.augment, mean=train.mean, std=train.std, generator=rng(seed, "distill"), device=on.device,
-            state=state, on_step=on_step,
+            augment=augment_of(kind, on, method), mean=train.mean, std=train.std, generator=rng(seed, "distill"),
+            device=on.device, state=state, on_step=on_step,
         )  # fmt: skip
     if config.method == "cad":
         made["images"] = made["images"] / 255

@@ -20,12 +20,18 @@ from common.students import train_students
 __all__ = ["augment_of", "scored", "trial"]
 
 
-def augment_of(kind: str, on: matching.Setting, coresets: ModuleType) -> Any:
-    """The augmentation of a scoring run by its name in the table of methods/coresets.py."""
-    return {
-        "none": None, "dsa": on.augment, "crop": coresets.CropFlip(on.size // 8, flip=False),
-        "crop-flip": coresets.CropFlip(on.size // 8), "rrc-flip": CropResizeFlip(),
-    }[kind]  # fmt: skip
+def augment_of(kind: str, on: matching.Setting, method: ModuleType) -> Any:
+    """The augmentation of a scoring run by its name in methods/coresets.py or cad.py; only the former has CropFlip."""
+    match kind:
+        case "none":
+            return None
+        case "dsa":
+            return on.augment
+        case "rrc-flip":
+            return CropResizeFlip()
+        case "crop" | "crop-flip":
+            return method.CropFlip(on.size // 8, flip=kind == "crop-flip")
+    raise ValueError(f"augment={kind!r} is unknown; allowed: none, dsa, crop, crop-flip, rrc-flip")
 
 
 def scored(work: Path, on: matching.Setting, method: ModuleType, config, augment: Any, seed: int, total: int):

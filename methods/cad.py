@@ -26,8 +26,12 @@ What the paper leaves open, and what we take:
   last snapshot  Eq. 2 as it stands ends at theta^{K-2}, counted from 0                   -> as it stands; include_last
   J and W        6 and 2, said of ImageNet-1K                                             -> W = 2; J = K - W elsewhere
   small K        K = 1.56 at IPC 10 has no window, yet the paper has results              -> 8 snapshots within the run
-  scoring run    network, recipe and seeds are not said                                   -> as the student's, one seed
+  scoring run    network, recipe and seeds are not said    -> the students' network, one seed; the recipe of hard labels
+                                                              in Table 1, see PUBLISHED and `augmentation`
   pool of CA2D   not said                                                                 -> RDED's 300, more if needed
+On small sets this recipe is the students' own (DSA, no Nesterov, batch 256).  On ImageNet and its subsets it has random
+resized crops and flips, batch 128 at every IPC (students: 50, 128 and 200 at IPC 10, 50 and 100; fewer on subsets)
+and Nesterov's momentum (students: without).  The script's own students train by hard-truths-hard, with DSA, always.
 Needs torch alone; copy this file alone.
 """
 
@@ -115,6 +119,11 @@ PUBLISHED: dict[tuple[str, int | None], dict] = {
     ("imagenette", None): {**_LARGE, "lr": 0.1},
     ("imagewoof", None): {**_LARGE, "lr": 0.1},
 }
+
+
+def augmentation(dataset: str) -> str:
+    """What `score` is to be given, by name: DSA on small sets, random resized crops and flips on ImageNet's."""
+    return "rrc-flip" if dataset in ("imagenet-1k", "imagenette", "imagewoof") else "dsa"
 
 
 # ---------------------------------------------------------------- how long, and when to look
@@ -377,8 +386,10 @@ def prune(scores: Tensor, labels: Tensor, ipc: int) -> Tensor:
 
 
 def ranked(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """The images of class k, highest score first, ties by index: int64 [n]."""
+    """The images of class k, highest score first, ties by index: int64 [n]; ValueError for scores that rank nothing."""
     rows = (labels == k).nonzero().flatten()
+    if not scores[rows].isfinite().all():
+        raise ValueError(f"the scores of class {k} have a NaN or an infinity: the scoring run went astray")
     return rows[scores[rows].argsort(descending=True, stable=True)]
 
 

@@ -19,7 +19,7 @@ what enters the last nn.Linear, and g = [e, e h^T] the loss gradient of that lay
   graphcut           greedy on sum_{i, j in S} s_ij - sum_{i in S, j in S} s_ij        (Iyer et al., 2021)
   craig              facility location on max d - d_ij, d = |g_i - g_j|, with weights  (Mirzasoleiman et al., 2020)
   glister            largest <g_x, mean g>, or with a step of the model after a pick   (Killamsetty et al., 2021)
-  cal                symmetric KL between p of an image and of its ten neighbours      (Margatina et al., 2021)
+  cal                KL between p of an image and of its ten neighbours                (Margatina et al., 2021)
   forgetting(_easy)  how often learned and lost again: most (least) first              (Toneva et al., 2019)
   el2n(_easy)        |e| at an early epoch: largest (smallest) first                   (Paul et al., 2021)
   el2n_best          the window of the EL2N order whose students do best on held-out images
@@ -28,12 +28,14 @@ what enters the last nn.Linear, and g = [e, e h^T] the loss gradient of that lay
   dyn_unc            mean over windows of J epochs of std(p_y)                         (He et al., 2024)
   dual(_beta)        mean over windows of std(p_y) (1 - mean(p_y)), first epochs only  (Cho et al., 2025)
 
-`beta` leaves out the first share of n - I images of any order by score (EL2N fractions; SelMatch's window).  Ties go to
-the lower image number.  Every class gives I images, a smaller one all it has, with a warning.
+`beta` leaves out the first share of n - I images of any order by score (EL2N fractions; SelMatch's window); methods
+without such an order refuse it.  Ties go to the lower image number.  Every class gives I images, a smaller one all it
+has, with a warning.
 
 Where DeepCore or an official code differs, and what is taken here (options have both values):
   herding      DeepCore takes the argmax, which picks outliers; argmin here
-  cal          DeepCore keeps the smallest divergences, the original the largest; DeepCore's here
+  cal          DeepCore keeps the smallest symmetric divergences, the original the largest KL(neighbour | image);
+               DeepCore's here, cal=largest is the original's
   glister      DeepCore's update never runs (a misspelt keyword): the first gains rank all; so here, `update` mends it
   craig        DeepCore's weights are one too high; the member counts here, which weigh the loss of students
   least conf.  DeepCore reads the largest logit; the probability here
@@ -42,6 +44,7 @@ Where DeepCore or an official code differs, and what is taken here (options have
                is an option
   balance      EL2N, Dyn-Unc, DUAL and GraNd rank all classes together (balanced=false); by class here
   k-means      starts are compared in a random projection, `sketch` dimensions wide; the best is refined in all of them
+  network      the sources score with a ResNet-18 at a rate of 0.1; the script with its students' ConvNet, at 0.01
 Needs torch alone; copy this file alone.
 """
 
@@ -51,7 +54,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -106,7 +109,7 @@ class Config:
     never: str = _option("hardest", "images never learned: hardest of all, or no event (DeepCore)",
                          choices=("hardest", "zero"))  # fmt: skip
     lc_logit: bool = _option(False, "least confidence by the largest logit (DeepCore)")
-    cal: str = _option("smallest", "divergences kept: smallest (DeepCore) or largest (original)",
+    cal: str = _option("smallest", "kept: smallest symmetric KL (DeepCore), or largest KL(neighbour|image) (original)",
                        choices=("smallest", "largest"))  # fmt: skip
     neighbours: int = _option(10, "of CAL", minimum=1, source="both codes")
     glister: str = _option("static", "static: first gains rank all (DeepCore); update: after every pick",
@@ -140,8 +143,12 @@ class Config:
             raise ValueError(f"stop={self.stop} is past the end of the schedule, epochs={self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov=True needs a momentum above 0")
-        if not self.balanced and self.method in GREEDY:
-            raise ValueError(f"balanced=False ranks scores of single images; method={self.method!r} has none")
+        if not self.balanced and self.method in (*GREEDY, "el2n_best"):
+            raise ValueError(f"balanced=False ranks scores of all images together; method={self.method!r} cannot")
+        static = self.method == "glister" and self.glister == "static"  # the one of GREEDY with an order by score
+        if self.beta and not static and self.method in (*GREEDY, "random", "dual_beta", "el2n_best"):
+            raise ValueError(f"beta={self.beta} moves along an order by score; method={self.method!r} has none of its "
+                             "own, pass beta=0")  # fmt: skip
 
     @property
     def trained(self) -> int:
@@ -153,8 +160,8 @@ RUN_FIELDS = (
     "epochs", "stop", "batch", "lr", "momentum", "nesterov", "weight_decay", "schedule", "milestones", "gamma",
     "precision",
 )  # fmt: skip
-# Scoring runs by (data set or None for the others, kind of METHODS).  The sources train a ResNet-18, for "features" the
-# ConvNet; another network may want another lr.
+# Scoring runs by (data set or None for the others, kind of METHODS).  The sources train a ResNet-18 at 0.1, for
+# "features" the ConvNet at 0.01; `published` gives the rate to the network.
 # "augment" is what `score` is to be given: crop-flip, crop, dsa, rrc-flip or none.  Sources: data_diet (early and
 # dynamics), behaapyy/dual-pruning (dual), DeepCore (gradients), DC-Bench's evaluator (features); lengths for
 # Tiny-ImageNet and ImageNet are ours.
@@ -183,14 +190,19 @@ RUNS: dict[tuple[str | None, str], dict] = {
 }  # fmt: skip
 
 
-def published(dataset: str, method: str) -> dict:
-    """Settings of the scoring run of a method on a data set: fields of Config, and "augment" by name."""
+def published(dataset: str, method: str, network: str = "resnet18") -> dict:
+    """Settings of the scoring run of a method on a data set: fields of Config, and "augment" by name.
+
+    network: whom it trains; all but ResNets take the rate of the ConvNet, 0.01, where a ResNet-18 has 0.1.
+    """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(METHODS)}")
     kind = METHODS[method]
     found = dict(RUNS.get((dataset, kind), RUNS.get((None, kind), {"augment": "none"})))
     if dataset == "svhn" and found["augment"] == "crop-flip":
         found["augment"] = "crop"
+    if not network.startswith("resnet"):
+        found["lr"] = min(found.get("lr", Config.lr), _FEATURES["lr"])
     return found
 
 
@@ -485,8 +497,13 @@ def dual(p_true: Tensor, window: int) -> Tensor:
     return torch.cat([(std * (1 - mean)).mean(0) for mean, std in windowed(p_true, window)])
 
 
-def cal(features: Tensor, p: Tensor, neighbours: int) -> Tensor:
-    """Mean symmetric KL of p [n, K] between an image and its nearest ones in features [n, D] -> [n]."""
+def cal(features: Tensor, p: Tensor, neighbours: int, one_sided: bool = False) -> Tensor:
+    """Mean KL of p [n, K] between an image and its nearest ones in features [n, D] -> [n]; 0 for one image alone.
+
+    Symmetric, KL(a|b) / 2 + KL(b|a) / 2 = <a - b, log a - log b> / 2; one_sided: KL(neighbour|image).
+    """
+    if len(p) == 1:
+        return p.new_zeros(1)
     gram = _gram(features - features.mean(0))
     square = gram.diagonal().clone()
     distance = gram.mul_(-2).add_(square).fill_diagonal_(math.inf)  # up to a constant of the row
@@ -495,8 +512,8 @@ def cal(features: Tensor, p: Tensor, neighbours: int) -> Tensor:
     logs = p.log()
     parts = []
     for i, j in zip(torch.arange(len(p), device=p.device).split(512), near.split(512), strict=True):
-        # KL(a|b) / 2 + KL(b|a) / 2 = <a - b, log a - log b> / 2
-        parts.append((0.5 * (p[i][:, None] - p[j]) * (logs[i][:, None] - logs[j])).sum(2).mean(1))
+        weight = p[j] if one_sided else 0.5 * (p[j] - p[i][:, None])  # [b, neighbours, K]
+        parts.append((weight * (logs[j] - logs[i][:, None])).sum(2).mean(1))
     return torch.cat(parts)
 
 
@@ -533,7 +550,8 @@ def image_score(bank: Bank, config: Config, classes: list[Tensor], device: torch
         if config.method == "glister":
             own = gains(error, features, error)
         else:
-            own = cal(features, error + F.one_hot(bank.labels[rows], error.shape[1]).to(error), config.neighbours)
+            p = error + F.one_hot(bank.labels[rows], error.shape[1]).to(error)
+            own = cal(features, p, config.neighbours, one_sided=config.cal == "largest")
         found[rows] = own.double().cpu()
     return found
 
@@ -849,19 +867,19 @@ def select(
         ]
         return _grouped(torch.cat(chosen), labels)
     score = torch.stack([image_score(own, config, classes, device).cpu() for own in banks]).mean(0).float()
-    if score.isnan().any():
-        raise ValueError(f"the scores of method={config.method!r} have a NaN: the scoring run went astray")
-    found = {"scores": score}
+    never_learned = config.method.startswith("forgetting") & score.isposinf()  # infinite by design
+    if not (score.isfinite() | never_learned).all():
+        raise ValueError(f"scores of method={config.method!r} have a NaN or an infinity: the scoring run went astray")
+    found, beta = {"scores": score}, config.beta
     if config.method == "el2n_best":
-        beta, found = best_window(score, classes, config, accuracy, generator)
-        config = replace(config, beta=beta)
-        found["scores"] = score
+        beta, tried = best_window(score, classes, config, accuracy, generator)
+        found |= tried
     if config.method == "dual_beta":
         mean = torch.stack([_first_of_dual(own, config).double().mean(0).cpu() for own in banks]).mean(0)
         draw = lambda rows, n: beta_sample(score.double(), mean, rows, n, config.beta_power, generator)  # noqa: E731
     else:
         low = config.method in LOWEST_FIRST or (config.method == "cal" and config.cal == "smallest")
-        draw = lambda rows, n: ordered(score, rows, n, low, config.beta)  # noqa: E731
+        draw = lambda rows, n: ordered(score, rows, n, low, beta)  # noqa: E731
     chosen = torch.cat([draw(rows, n) for rows, n in zip(groups, counts, strict=True)])
     return _grouped(chosen, labels) | found
 
@@ -882,6 +900,8 @@ def best_window(
     held = torch.cat([rows[: max(1, len(rows) // 10)] for rows in apart]).sort().values
     pool = [rows[max(1, len(rows) // 10) :].sort().values for rows in apart]
     tried = [float(accuracy(chosen, held)) for _, chosen in candidate_windows(score, pool, config.ipc)]
+    if bad := [beta for beta, found in zip(BETAS, tried, strict=True) if not math.isfinite(found)]:
+        raise ValueError(f"the accuracy of the windows at beta={bad} is not a finite number; none can be called best")
     facts = {"betas": torch.tensor(BETAS), "accuracies": torch.tensor(tried)}
     return BETAS[int(facts["accuracies"].argmax())], facts
 

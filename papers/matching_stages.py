@@ -193,7 +193,7 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
 
         def draw(work: Path) -> Product:
             tensors = matching.random_subset(on, ipc, seed)
-            return Product(tensors, matching.size_of(tensors), {"preview.png": matching.preview(on, tensors, ipc)})
+            return Product(tensors, matching.size_of(tensors), {"preview.png": matching.preview(on, tensors)})
 
         settings = {**facts, "method": RANDOM, "ipc": ipc}
         return lab.stage("distill", settings, (on.train.fingerprint,), draw, 0.0, f"random images, {setup.run_on}")

@@ -37,9 +37,9 @@ def images(lab: Lab, setup: MatchingSetup, on: matching.Setting, algorithm: str,
     return make(lab, setup, on, seed)
 
 
-def _set(on: matching.Setting, tensors: dict[str, Tensor], ipc: int, **meta) -> Product:
+def _set(on: matching.Setting, tensors: dict[str, Tensor], **meta) -> Product:
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    preview = {"preview.png": matching.preview(on, tensors, ipc)}
+    preview = {"preview.png": matching.preview(on, tensors)}
     return Product(tensors, {**meta, **matching.size_of(tensors)}, preview)
 
 
@@ -64,7 +64,7 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) ->
         chosen = {"images": on.prepare(on.train.images[rows.to(on.train.images.device)])}
         chosen |= {name: found[name] for name in ("labels", "weights") if name in found}  # weights: of CRAIG
         tried = {"betas": coresets.BETAS, "accuracies": found["accuracies"].tolist()} if tries else {}
-        return _set(on, {**chosen, "indices": rows}, ipc, **tried)
+        return _set(on, {**chosen, "indices": rows}, **tried)
 
     settings = {**matching.facts(on, seed), "method": "coresets", "config": asdict(config)}
     settings |= {"protocol": asdict(tested)} if tries else {}
@@ -105,13 +105,13 @@ def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Sta
         if not teacher:
             rows = cad.prune(score, train.labels.cpu(), ipc)
             chosen = on.prepare(train.images[rows.to(train.images.device)])
-            return _set(on, {"images": chosen, "labels": train.labels.cpu()[rows], "indices": rows}, ipc)
+            return _set(on, {"images": chosen, "labels": train.labels.cpu()[rows], "indices": rows})
         data = lab.data(setup.dataset, "train")  # the teacher's own normalisation
         made, labels = cad.synthesise(
             lab.restored(teacher[0]), train.images, train.labels, score, config, mean=data.mean, std=data.std,
             generator=rng(seed, "crops"),
         )  # fmt: skip
-        return _set(on, {"images": on.inputs(made.to(on.device)), "labels": labels}, ipc)
+        return _set(on, {"images": on.inputs(made.to(on.device)), "labels": labels})
 
     settings = {**matching.facts(on, seed), "method": "cad", "config": _named(config)}
     what = f"{'CAD-Prune' if config.method == 'cad' else 'CA2D'}, {setup.run_on}, IPC {ipc}"
@@ -125,10 +125,13 @@ def _named(config: cad.Config) -> dict:
 
 
 def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: cad.Config) -> Stage:
+    kind = cad.augmentation(setup.dataset)
+
     def build(work: Path) -> Product:
-        return Product(scored(work, on, cad, config, on.augment, 0, steps), {})
+        return Product(scored(work, on, cad, config, augment_of(kind, on, cad), 0, steps), {})
 
     run = {name: value for name, value in _named(config).items() if name not in SELECTS}
+    run |= {} if kind == "dsa" else {"augment": kind}  # named only where it is another one, as full_epochs is
     looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
     cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
     settings, what = {**matching.facts(on, 0), "run": run}, f"compute-matched scores, {setup.run_on}, {steps} steps"
@@ -147,11 +150,11 @@ def _borrowed(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -
     theirs = cell and setup_of(load_paper(paper).scales[scale], cell)
     if theirs is None or theirs.size != on.size or theirs.dataset != setup.dataset:
         raise ValueError(f"{name!r} of paper={paper} scale={scale} is no set of {setup.dataset} at {on.size} px")
-    made, ipc = image_stages.IMAGES[cell.algorithm](lab, theirs, seed), theirs.distill["ipc"]
+    made = image_stages.IMAGES[cell.algorithm](lab, theirs, seed)
 
     def build(work: Path) -> Product:
         tensors = lab.entry(made).tensors()
         pixels = (tensors["images"].clamp(0, 1) * 255).to(torch.uint8)  # as its own students see it
-        return _set(on, {"images": on.prepare(pixels), "labels": tensors["labels"]}, ipc)
+        return _set(on, {"images": on.prepare(pixels), "labels": tensors["labels"]})
 
     return lab.stage("distill", {**matching.facts(on, 0), "borrowed": True}, (made,), build, 0.0, made.what, made)

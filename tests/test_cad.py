@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from torch import nn
 
 from benchmarks import plain_rded
 from common import distilled, matching, networks, script_selection
-from common.augment import DiffAugment, rng
+from common.augment import CropResizeFlip, DiffAugment, rng
 from methods import cad, rded
 from methods.cad import Config, State
+from papers import selection_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -601,6 +603,17 @@ def test_what_cannot_work_is_named_before_any_work(settings, sample, words):
         distill(replace(PARTS, **settings), sample, make_network=Untouchable, teacher=Untouchable())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", ["cad", "ca2d"])
+def test_scores_that_rank_nothing_choose_nothing(method, value, monkeypatch):
+    images, labels = data()
+    bad = torch.rand(COUNT, generator=rng(0))
+    bad[int((labels == 1).nonzero()[0])] = value
+    monkeypatch.setattr(cad, "dynamic_score", lambda *_: bad)
+    with pytest.raises(ValueError, match="scores of class 1 have a NaN or an infinity"):
+        distill(replace(PARTS, method=method), (images, labels), teacher=Colour())
+
+
 def test_what_is_missing_is_named_before_any_work():
     images, labels = data()
     crops, asked = replace(PARTS, method="ca2d"), {"make_network": Untouchable}
@@ -655,6 +668,40 @@ def test_the_script_keeps_a_set_and_trains_students_on_it(method, tmp_path, caps
         (found.images * 255).round().to(torch.uint8), found.labels, strict=True)}  # fmt: skip
     assert found.labels.tolist() == [k for k in range(10) for _ in range(2)]
     assert len(mine) == 20 and (mine <= real) == (method == "cad")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind", "named"), [("digits", DiffAugment, {}), ("imagenette", CropResizeFlip, {"augment": "rrc-flip"})]
+)
+def test_the_scoring_run_sees_what_students_of_its_data_set_see(dataset, kind, named, tmp_path, monkeypatch):
+    """In the script and in the papers; what is named in the store is what is new."""
+    seen = {}
+    on = matching.setting("digits", None, device=torch.device("cpu"), size=8, network="convnet1-instance-w32")
+    on = replace(on, train=replace(on.train, name=dataset))
+
+    def distill(*_, augment, **__):
+        raise InterruptedError(type(augment).__name__)
+
+    def make(stage, settings, *_):
+        seen.update({k: v for k, v in settings.items() if k == "augment"})
+        _[1](tmp_path)
+
+    monkeypatch.setattr(cad, "distill", distill)
+    monkeypatch.setattr(script_selection.matching, "setting", lambda *_, **__: on)
+    monkeypatch.setattr(script_selection.Store, "make", lambda self, *given: make(*given))
+    arguments = [f"dataset={dataset}", "ipc=2", "device=cpu", "lr=0.01", "batch=64", "window=2", "whole_epochs=1",
+                 "schedule=step", "student_epochs=300", f"store={tmp_path}"]  # fmt: skip
+    with pytest.raises(InterruptedError, match=f"^{kind.__name__}$"):
+        script_selection.run_cad(arguments, cad)
+    assert seen == named
+
+    stages = SimpleNamespace(stage=lambda name, settings, inputs, build, *_: (settings["run"], build))
+    setup = SimpleNamespace(dataset=dataset, run_on=dataset)
+    monkeypatch.setattr(selection_stages, "scored", lambda *given: distill(augment=given[4]))
+    run, build = selection_stages._trajectory(stages, setup, on, replace(PARTS, student_epochs=500))
+    assert {k: v for k, v in run.items() if k == "augment"} == named
+    with pytest.raises(InterruptedError, match=f"^{kind.__name__}$"):
+        build(tmp_path)
 
 
 ALONE = """

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import nn
 
+from common import script_selection
 from common.augment import rng
 from methods import coresets
 from methods.coresets import METHODS, Bank, Config, CropFlip, State
@@ -196,6 +197,8 @@ def test_cal_is_the_mean_divergence_to_the_neighbours():
         near = sorted((j for j in range(12) if j != i), key=lambda j: float((features[i] - features[j]).norm()))[:4]
         wanted = sum(0.5 * kl(safe[i], safe[j]) + 0.5 * kl(safe[j], safe[i]) for j in near) / 4
         assert found == pytest.approx(wanted, rel=1e-9)
+        one_sided = float(coresets.cal(features, p, 4, one_sided=True)[i])
+        assert one_sided == pytest.approx(sum(kl(safe[j], safe[i]) for j in near) / 4, rel=1e-9)
 
 
 # ---------------------------------------------------------------- k-means
@@ -299,10 +302,18 @@ def test_scores_of_an_epoch_keep_the_right_end(method, options, score, largest):
 
 
 def test_cal_keeps_the_smallest_or_the_largest():
+    """By the symmetric divergence, and by that of the neighbours from the image."""
     bank = a_bank()
     small, large = choose(bank, "cal", ipc=20), choose(bank, "cal", ipc=20, cal="largest")
-    assert small["indices"][:20].tolist() == large["indices"][:20].flip(0).tolist()
     assert small["scores"][small["indices"][:20]].diff().min() >= 0
+    assert large["scores"][large["indices"][:20]].diff().max() <= 0
+    assert not torch.allclose(small["scores"], large["scores"])
+
+
+def test_an_image_alone_in_its_class_has_no_neighbour_to_differ_from():
+    bank = a_bank(labels=torch.tensor([0] * 9 + [1]), classes=2)
+    found = choose(bank, "cal", ipc=1)
+    assert found["indices"][1] == 9 and found["scores"][9] == 0 and found["scores"].isfinite().all()
 
 
 def test_beta_moves_the_window_along_the_order():
@@ -357,6 +368,9 @@ def test_the_best_window_is_found_on_images_that_no_candidate_holds():
         assert bank.labels[held].bincount().tolist() == [3, 3, 3] and len(chosen) == 12
     wanted = choose(bank, "el2n", ipc=4, beta=0.2)  # the first of equals, in all images
     assert torch.equal(found["indices"], wanted["indices"])
+    with pytest.raises(ValueError, match=r"windows at beta=\[0\.1\] is not a finite number"):
+        answers = iter([1, math.nan, 9, 9, 2, 0, 0, 0, 0, 0])
+        coresets.select(bank, bank.labels, config, generator=rng(0), accuracy=lambda *_: next(answers))
 
 
 # ---------------------------------------------------------------- what holds for every selector
@@ -552,6 +566,20 @@ def test_every_published_run_is_a_config():
     assert coresets.published("svhn", "el2n")["augment"] == "crop"
 
 
+@pytest.mark.parametrize(("method", "resnet"), [("el2n", 0.1), ("dual", 0.1), ("craig", 0.1), ("kmeans", 0.01)])
+def test_a_convnet_scores_at_its_own_rate(method, resnet, monkeypatch):
+    """In the script, whose default network is the ConvNet."""
+
+    def parse(argv, name, shared, config, published):
+        (row,) = published.values()
+        raise InterruptedError(row.get("lr", config.lr))
+
+    monkeypatch.setattr(script_selection, "parse", parse)
+    for network, rate in (("", 0.01), ("convnet3-instance", 0.01), ("resnet18-mod", resnet)):
+        with pytest.raises(InterruptedError, match=f"^{rate}$"):
+            script_selection.run_selection(["dataset=cifar10", f"method={method}", f"network={network}"], coresets)
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -565,6 +593,10 @@ def test_every_published_run_is_a_config():
         ({"stop": 300}, r"stop=300 is past the end of the schedule, epochs=200"),
         ({"momentum": 0.0}, r"nesterov=True needs a momentum"),
         ({"method": "craig", "balanced": False}, r"balanced=False ranks scores"),
+        ({"method": "el2n_best", "balanced": False}, r"balanced=False ranks scores"),
+        *[({"method": name, "beta": 0.1}, f"beta=0.1 moves .* method='{name}'")
+          for name in ("random", "kmeans", "craig", "dual_beta", "el2n_best")],
+        ({"method": "glister", "glister": "update", "beta": 0.1}, "beta=0.1 moves"),
     ],
 )
 def test_bad_settings(options, message):
@@ -623,6 +655,10 @@ def test_bad_input():
         run(replace(RUN, lr=1e30))
     bank = a_bank()
     bank.el2n[2, 5] = math.nan
+    grown = a_bank()
+    grown.h_norm[2, 5] = math.inf  # float16 ends at 65,504
+    with pytest.raises(ValueError, match="method='grand' have a NaN or an infinity"):
+        choose(grown, "grand")
     with pytest.raises(ValueError, match="have a NaN"):
         choose(bank, "el2n")
     bank.h_final[2, 5] = math.inf

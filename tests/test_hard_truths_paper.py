@@ -1,16 +1,18 @@
 """The paper on hard truths as a user meets it: settings of its cells, label regimes, and a part of the smoke run."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common import matching
+from common import matching, scaling
 from common.protocols import PROTOCOLS, large_scale
 from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
-from papers import matching_stages, report, runner, setups
+from papers import drawing, matching_stages, report, runner, setups
 from papers.hard_truths import figures
 from papers.plan import ROOT, load_paper
 from papers.stages import Lab
@@ -268,9 +270,77 @@ def test_real_images_lead_a_student_towards_its_expert(run, lab):
     assert ((losses > 0) & (losses < 0.9)).all() and len(losses.unique()) == 3  # 1 is where it started
 
 
-def test_correlations_of_made_up_sets():
-    from types import SimpleNamespace
+def test_the_bootstrap_draws_the_sets_of_a_selector_together(monkeypatch):
+    asked = []
+    monkeypatch.setattr(figures, "dcs", lambda *given, generator: asked.append(list(given[3])))
+    names = ("EL2N, hardest", "EL2N-Best", "forgetting, most", "forgetting, least", "DUAL", "Random")
+    results = {
+        f"{name}/{ipc}/{metric}": {"table": "selectors", "method": name, "ipc": ipc, "metric": metric, "mean": 50.0}
+        for name in names for ipc in (10, 50) for metric in ("accuracy", "DM loss")
+    }  # fmt: skip
+    figures.correlations(type("Run", (), {"results": results})())
+    drawn = dict(zip([name for name in names for _ in (10, 50)], asked[0], strict=True))
+    assert drawn == {"EL2N, hardest": "EL2N", "EL2N-Best": "EL2N", "forgetting, most": "forgetting",
+                     "forgetting, least": "forgetting", "DUAL": "DUAL", "Random": "Random"}  # fmt: skip
 
+
+def test_sets_of_unequal_classes_are_drawn_by_their_labels(monkeypatch):
+    """A class of fewer than IPC images must not shift those behind it."""
+    labels = torch.arange(10).repeat_interleave(torch.tensor([3, 10, 2, 10, 10, 10, 10, 10, 10, 10]))
+    on = SimpleNamespace(
+        train=SimpleNamespace(classes=[*"abcdefghij"]), pixels=lambda images: images.expand(-1, 1, 2, 2)
+    )
+    made = SimpleNamespace(tensors=lambda: {"images": labels[:, None, None, None].float(), "labels": labels})
+    cell = SimpleNamespace(table="regimes", setting="HL", ipc=10, method="DM")
+    planned, shown = SimpleNamespace(cell=cell, setup=SimpleNamespace(run_on="digits")), []
+    monkeypatch.setattr(figures, "setting_of", lambda *_: on)
+    monkeypatch.setattr(figures.drawing, "entry", lambda *_: made)
+    monkeypatch.setattr(figures.drawing, "show_image", lambda _, image: shown.append(int(image[0, 0, 0])))
+    monkeypatch.setattr(figures.drawing, "captioned", lambda figure, *_: figure)
+    figures.figure_sets(SimpleNamespace(planned=[planned], lab=None))
+    assert shown == list(range(10))
+
+
+# ---------------------------------------------------------------- cells of the notebook
+
+
+def notebook_cell(text: str) -> str:
+    """The source of the code cell that has some text."""
+    cells = json.loads((ROOT.parent / "notebooks" / "hard_truths.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = (s for c in cells if c["cell_type"] == "code" and text in (s := "".join(c["source"])))
+    return source
+
+
+@pytest.mark.parametrize(("shift", "answers"), [(0.0, ["yes"] * 4), (3e-4, ["yes", "yes", "no", "no"])])
+def test_printed_values_are_on_a_grid_to_all_their_digits(shift, answers, monkeypatch):
+    """0.05 has two digits, the others four: a grid that is off by 3e-4 has the former alone."""
+    b, tau = scaling.GRIDS["paper"]
+    monkeypatch.setitem(scaling.GRIDS, "paper", (b + shift, tau))
+    said = []
+    exec(notebook_cell("printed as delta"), {"display": said.append, "Markdown": str})
+    assert [line.split("|")[-2].strip() for line in said[0].splitlines()[2:]] == answers
+
+
+def test_only_curves_under_hard_labels_are_fitted_to_the_error_of_all_images(monkeypatch):
+    epochs = torch.arange(1, 11)
+    meta = {"settings": {"images": 100}, "b": [-0.2], "tau": [2.0], "b_range": [-0.3, -0.1], "tau_range": [1, 3],
+            "d": 0.1, "r2": 0.99}  # fmt: skip
+    tensors = {"epochs": epochs, "errors": 0.3 + 0.5 * epochs.double() ** -0.3}
+    entry = SimpleNamespace(meta=meta, tensors=lambda: tensors)
+    monkeypatch.setattr(drawing, "entry", lambda *_: entry)
+    cells = [SimpleNamespace(table="scaling", metric="b", method="Random", setting=setting, ipc=10)
+             for setting in ("HL", "SL+KD")]  # fmt: skip
+    said = []
+    exec(notebook_cell('table("scaling")'), {
+        "display": said.append, "Markdown": str, "table": str, "figure": str,
+        "accuracies": lambda *_, **__: [{"mean": 80.0}],
+        "finished": SimpleNamespace(planned=[SimpleNamespace(cell=cell) for cell in cells]),
+    })  # fmt: skip
+    hard, soft = (line.split("|")[-2].strip() for line in said[0].splitlines()[2:])
+    assert hard != "-" and soft == "-"
+
+
+def test_correlations_of_made_up_sets():
     def result(method, ipc, metric, mean):
         return {"table": "selectors", "method": method, "ipc": ipc, "metric": metric, "mean": mean}
 

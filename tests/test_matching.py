@@ -1,6 +1,7 @@
 """The matching methods as a user meets them: the paper's plan and smoke run, one method's script, the kept sets."""
 
 import csv
+import io
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from common import matching
 from common.distilled import load
@@ -103,6 +105,15 @@ def test_pixels_and_network_input_are_inverse():
         assert torch.allclose(on.pixels(on.prepare(some)), some.float() / 255, atol=1e-4)
         made = on.distilled({"images": on.prepare(some), "labels": on.train.labels[:5]}, {})
         assert (made.whitening is not None) == zca
+
+
+def test_the_preview_has_a_row_a_class_whatever_its_size():
+    on = matching.setting("digits", None, device=CPU, size=8, network="mlp")
+    labels = torch.cat([torch.full((2 if k == 1 else 3,), k) for k in range(10)])
+    shades = torch.stack([torch.full((1, 8, 8), (20 * k + 0.5) / 255) for k in labels.tolist()])
+    picture = Image.open(io.BytesIO(matching.preview(on, {"images": on.inputs(shades), "labels": labels}))).convert("L")
+    rows = [[picture.getpixel((x, y)) for x in (0, 10, 20)] for y in range(0, 100, 10)]
+    assert rows == [[20 * k, 20 * k, 255 if k == 1 else 20 * k] for k in range(10)]
 
 
 def test_random_subset_wants_enough_images():

@@ -8,6 +8,10 @@ DCS      Section 7: rank correlation between the loss that an objective gives to
 losses   Eqs 1, 2, 4 and 5 evaluated on a given subset, nothing is optimised (`bn_gaps` with `bn_loss` and `dwa_loss`,
          `tm_loss`, `dm_loss`)
 
+The tables run DCS of two losses on the sets of the table of selectors: Eq. 1 on exact statistics of the whole subset
+(`bn_loss`) and Eq. 5 of five random networks, images as they are (`dm_loss`); Eq. 4 is figure 4a's, without DCS.  In
+no table, for experiments of your own: `dwa_loss` with `LAMBDA_VAR`, `doubled`, and the batches of `bn_gaps`.
+
 Where the paper is silent, and what is taken here:
   size of a subset   "adjusted for", without a formula  -> partial Spearman: ranks of loss and error, each freed of what
                      a line in the rank of IPC explains, then Pearson; beside it the plain one and one for each IPC

@@ -30,6 +30,7 @@ __all__ = [
 
 REGIMES = ("HL", "SL", "SL+KD")
 MADE = ("CA2D", "DM")  # images that no camera took
+FAMILIES = ("EL2N", "forgetting")  # selectors that read one and the same score
 SHOWN = {"Random": "random real"}
 
 
@@ -232,14 +233,16 @@ def subsets(run: Run, objective: str) -> pd.DataFrame:
 def correlations(run: Run, *, poor: bool = False) -> dict[str, DCS]:
     """DCS of every objective on the sets of the table of selectors, where there are enough of them.
 
-    poor: with the sets that are left out for their accuracy, see `very_poor`.
+    poor: with the sets that are left out for their accuracy, see `very_poor`.  The bootstrap draws all sets of a
+    selector, or of those that share a score, together.
     """
     found = {}
     for objective in ("BN loss", "DM loss"):
         data = subsets(run, objective)
         data = data if poor else data[~data["poor"].astype(bool)]
         if len(data) >= 4:
-            found[objective] = dcs(data["loss"], data["error"], data["ipc"], generator=rng(0, "dcs"))
+            groups = [next((f for f in FAMILIES if name.startswith(f)), name) for name in data["method"]]
+            found[objective] = dcs(data["loss"], data["error"], data["ipc"], groups, generator=rng(0, "dcs"))
     return found
 
 
@@ -264,7 +267,8 @@ def figure3(run: Run) -> Figure | None:
     text = (
         f"{count} sets of real images, chosen in different ways: does a lower loss go with a lower error (rho near 1)?"
         " BN loss is SRe2L's, DM loss that of random networks; rank correlation of all sets, and given IPC with its"
-        " 95 % interval from the bootstrap. Crossed out, and not counted: accuracy below 70 % of the best at that IPC."
+        " 95 % interval from the bootstrap over selectors. Crossed out, and not counted: accuracy below 70 % of the"
+        " best at that IPC."
         f" {drawing.where(drawing.values(run, 'selectors'))}"
     )
     return drawing.captioned(figure, text, run)
@@ -314,7 +318,8 @@ def figure_sets(run: Run, classes: int = 10) -> Figure | None:
     shown = torch.linspace(0, len(first.train.classes) - 1, min(classes, len(first.train.classes))).long()
     figure, axes = drawing.axes_of(0.75 * len(shown) + 1.6, 0.8 * len(found) + 0.3, len(found), len(shown))
     for row, (planned, made) in enumerate(found):
-        images = tested_images(made.tensors())[shown * planned.cell.ipc]
+        tensors = made.tensors()
+        images = tested_images(tensors)[[int((tensors["labels"] == k).nonzero()[0]) for k in shown]]
         for column, image in enumerate(setting_of(run.lab, planned.setup).pixels(images)):
             drawing.show_image(axes[row, column], image.expand(3, -1, -1))
         name = SHOWN.get(planned.cell.method, planned.cell.method)
