@@ -125,6 +125,10 @@ case ${1-} in
     help | --help | -h) usage ;;
     '') usage >&2; exit 2 ;;
     tests) prepare; exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile "${@:2}" ;;
-    python) prepare; cd "$called_from"; exec "$python" "${@:2}" ;;
+    python) # also `python -m common.datasets` from another folder
+        prepare
+        cd "$called_from"
+        PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" "${@:2}"
+        ;;
     *) run_paper "$@" ;;
 esac

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 from common.store import write_atomic
 from papers.claims import printed_for, row_key, statuses
 from papers.plan import ROOT, SCALES, Paper, load_paper, papers
-from papers.report import KEY, RANDOM, TOLERANCE_POINTS, extras_rows, load_cells, load_reported
+from papers.report import KEY, RANDOM, TOLERANCE_POINTS, load_cells, load_reported
 
 README = ROOT.parent / "README.md"
 STATUS = f"""\
 The numbers that each paper prints, and how many of them have one of ours beside them: at `smoke`, on digits; at
 `small`, on the same real images and reduced, so that an accuracy within 2 points is no reproduction; at `paper`, with
 the published settings (reproduced: within two standard errors of the difference and {TOLERANCE_POINTS:g} point)."""
+NOTE = """\
+Top-1 accuracy in percent after the last epoch, mean ± standard deviation (students); guessing has 10. *not run*: days
+of a CPU. Settings, seeds, seconds, hardware and commit of every number: [docs/claims.md](docs/claims.md)."""
 BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end of results -->"
 
 
@@ -26,13 +30,14 @@ def results(tables: Path) -> str:
     """All results that the README shows, as Markdown."""
     real = (wmdd(tables), matching(tables, "paper"), matching(tables, "small"), nrr_dd(tables), mixing(tables))
     real += (leaderboard(tables),)
-    return "\n\n".join(filter(None, (status(tables), *real)))
+    return "\n\n".join(filter(None, (status(tables), *real, NOTE)))
 
 
 def status(tables: Path) -> str:
     """One row a paper: how many of its printed numbers have one of ours beside them, by scale, and how near that is."""
-    heads = ("`paper=`", "printed", "smoke", "small", "within 2 points", "paper", "reproduced", "differs", "not run")
-    lines = [STATUS, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    heads = ("`paper=`", "printed", "smoke", "small", "within 2 points", "paper", "reproduced", "differs")
+    heads = "| " + " | ".join((*heads, "left to run")) + " |\n" + "|---" * (1 + len(heads)) + "|"
+    lines, totals = [], Counter()
     for name in papers():
         paper, printed, beside, words = load_paper(name), load_reported(ROOT / name / "reported.csv"), {}, {}
         for scale in SCALES:
@@ -51,7 +56,12 @@ def status(tables: Path) -> str:
             found.count("differs"), len(printed) - len(found),
         )  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(map(str, numbers)) + " |")
-    return "\n".join(lines)
+        totals.update(printed=len(printed), small=len(beside["small"]), near=near, paper=len(found))
+    sum_of = (
+        f"**{totals['printed']} printed numbers; {totals['small']} run on the same real images, reduced,"
+        f" {totals['near']} of them within 2 points;\n{totals['paper']} run at published settings, which take GPUs.**"
+    )
+    return "\n".join([sum_of, "", STATUS, "", heads, *lines])
 
 
 def on_printed_data(paper: Paper, cell: dict, scale: str = "small") -> bool:
@@ -70,7 +80,7 @@ def matching(tables: Path, scale: str) -> str:
     ipcs = sorted({ipc for _, ipc in found})
     heads = ["method", *(f"IPC {ipc}, {whose}" for ipc in ipcs for whose in ("ours", "printed"))]
     fewer = ", a fraction of the iterations" * (scale == "small")
-    head = f"`paper=matching scale={scale}`, ConvNet{fewer}:"
+    head = f"`paper=matching scale={scale}`, {made_on(cells)}, ConvNet, the last iterate{fewer}:"
     lines = [head, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in dict.fromkeys(m for m, _ in found):
         row = [method]
@@ -80,9 +90,7 @@ def matching(tables: Path, scale: str) -> str:
             row += [spread(cell) if cell else "not run"]
             row += [str(printed.get(("CIFAR-10", name, ipc), "-")) + ", other protocol" * (method == RANDOM)]
         lines.append("| " + " | ".join(row) + " |")
-    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
-    what = "Top-1 accuracy in percent, last iterate and last epoch, mean ± standard deviation (students)"
-    return "\n".join([*lines, "", f"{what}; {facts}."])
+    return "\n".join(lines)
 
 
 def mixing(tables: Path) -> str:
@@ -104,12 +112,11 @@ def mixing(tables: Path) -> str:
         lines.append("| " + " | ".join(row).replace("+nan", "-") + " |")
     if not lines:
         return ""
-    head = ["`paper=natural_mixing scale=small`, ConvNet, the sets above:", "", "| " + " | ".join(heads) + " |"]
-    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
     alone = [c for c in cells if c["table"] == "controls" and c["setting"].endswith("fresh real images alone")]
     real = "; ".join(f"{c['setting']}, IPC {c['ipc']}: {spread(c)}" for c in alone)
     note = f" What the mixture has to beat: {real}." if real else ""
-    return "\n".join([*head, "|---" * len(heads) + "|", *lines, "", f"Top-1 accuracy in percent; {facts}.{note}"])
+    head = [f"`paper=natural_mixing scale=small`, {made_on(cells)}, ConvNet, the sets above.{note}", ""]
+    return "\n".join([*head, "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines])
 
 
 def leaderboard(tables: Path) -> str:
@@ -124,8 +131,11 @@ def leaderboard(tables: Path) -> str:
     ipcs, methods = sorted({ipc for ipc, _ in run}, reverse=True), list(dict.fromkeys(c["method"] for c in cells))
     hard = {(m, ipc): c["mean"] for (m, ipc, setting), c in found.items() if setting == "HL"}
     methods.sort(key=lambda m: next(((ipcs.index(i), -hard[m, i]) for i in ipcs if (m, i) in hard), (len(ipcs), 0)))
+    words = {"SL": "SL: what a teacher says of each image", "SL+KD": "SL+KD: what it says of each view"}
+    said = ", ".join(text for regime, text in words.items() if any(r == regime for _, r in columns))
     head = (
-        f"`paper=survey scale=small`: sets under one protocol, the best under hard labels (HL) at IPC {ipcs[0]} first"
+        f"`paper=survey scale=small`, {made_on(cells)}: sets under one protocol ({said}),"
+        f" the best under hard labels (HL) at IPC {ipcs[0]} first"
         + "".join(f", below them by IPC {ipc} those that were not run there" for ipc in ipcs[1:]) + ":"
     )
     heads = ["set", *(f"IPC {ipc}, {regime}" for ipc, regime in columns)]
@@ -133,11 +143,7 @@ def leaderboard(tables: Path) -> str:
     for method in methods:
         row = [spread(c) if (c := found.get((method, *column))) else "not run" for column in columns]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
-    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
-    words = {"SL": "; SL: what a teacher says of each image", "SL+KD": "; SL+KD: what it says of each view"}
-    what = "Top-1 accuracy in percent, last epoch, mean ± standard deviation (students)"
-    what += "".join(text for regime, text in words.items() if any(r == regime for _, r in columns))
-    return "\n".join([*lines, "", f"{what}; {facts}."])
+    return "\n".join(lines)
 
 
 def nrr_dd(tables: Path) -> str:
@@ -146,11 +152,32 @@ def nrr_dd(tables: Path) -> str:
     cells = [c for c in cells if (c["dataset"], c["arch"]) == ("CIFAR-10", "ConvNet")]
     if not cells:
         return ""
-    reported = load_reported(ROOT / "nrr_dd" / "reported.csv")
-    printed = {
-        (r["method"], r["ipc"]): f"{r['value']} ± {r['std']}"
-        for r in reported if (r["table"], r["dataset"], r["arch"]) == ("table1", "CIFAR-10", "ConvNet")
-    }  # fmt: skip
+    teacher = ", ".join(sorted({f"{c['teacher_accuracy']:.1f} %" for c in cells if c["teacher_accuracy"]}))
+    what = f"ConvNet, students on three kinds of label, teacher {teacher}"
+    head = f"`paper=nrr_dd scale=small`, {made_on(cells)}, {what}:"
+    table = by_label(cells, (RANDOM, "SRe2L", "RDED", "NRR-DD"), printed_in_table1("nrr_dd", "CIFAR-10", "ConvNet"))
+    return "\n".join([head, "", *table])
+
+
+def wmdd(tables: Path) -> str:
+    """Table 1's ImageNette column at scale small; empty before the first result."""
+    cells = [c for c in load_cells(tables / "wmdd" / "small" / "cells") if c["table"] == "table1"]
+    if not cells:
+        return ""
+    head = f"`paper=wmdd scale=small`, {made_on(cells)}, ResNet-18, a fraction of the iterations:"
+    table = by_label(cells, (RANDOM, "SRe2L", "RDED", "WMDD"), printed_in_table1("wmdd", "ImageNette", "ResNet-18"))
+    return "\n".join([head, "", *table])
+
+
+def printed_in_table1(paper: str, dataset: str, arch: str) -> dict[tuple[str, int], str]:
+    """The printed numbers of a data set and network, by method and IPC."""
+    reported = load_reported(ROOT / paper / "reported.csv")
+    mine = (r for r in reported if (r["table"], r["dataset"], r["arch"]) == ("table1", dataset, arch))
+    return {(r["method"], r["ipc"]): f"{r['value']} ± {r['std']}" for r in mine}
+
+
+def by_label(cells: list[dict], methods: tuple[str, ...], printed: dict[tuple[str, int], str]) -> list[str]:
+    """A table with a row a method and a column for each kind of label that was run at an IPC, the printed one last."""
     found = {}
     for cell in cells:
         kind = cell["setting"] if cell["setting"] in ("DBR", "DBR+LR") else cell["label_regime"]
@@ -159,19 +186,19 @@ def nrr_dd(tables: Path) -> str:
     run = {(ipc, kind) for _, ipc, kind in found}
     columns = {ipc: [k for k in kinds if (ipc, k) in run] for ipc in sorted({ipc for ipc, _ in run})}
     heads = [f"IPC {i}, {words}" for i, own in columns.items() for words in (*map(kinds.get, own), "soft as printed")]
-    heads.insert(0, "method")
-    lines = ["`paper=nrr_dd scale=small`, CIFAR-10, ConvNet, students on three kinds of label:", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for method in (RANDOM, "SRe2L", "RDED", "NRR-DD"):
+    lines = ["| " + " | ".join(["method", *heads]) + " |", "|---" * (1 + len(heads)) + "|"]
+    for method in (m for m in methods if any(m == name for name, _, _ in found)):
         row = [method]
         for ipc, own in columns.items():
             row += [spread(found[method, ipc, kind]) if (method, ipc, kind) in found else "not run" for kind in own]
             row.append(printed.get((method, ipc), "-"))
         lines.append("| " + " | ".join(row) + " |")
-    teacher = sorted({f"{c['teacher_accuracy']:.1f} %" for c in cells if c["teacher_accuracy"]})
-    facts = "; ".join(sorted({f"{c['run_on']}, {c['hardware']}" for c in cells}))
-    what = "Top-1 accuracy in percent, last epoch, mean ± standard deviation (students)"
-    return "\n".join([*lines, "", f"{what}; teacher {', '.join(teacher)}; {facts}."])
+    return lines
+
+
+def made_on(cells: list[dict]) -> str:
+    """What the results were made with."""
+    return "; ".join(dict.fromkeys(cell["run_on"] for cell in cells))
 
 
 def spread(cell: dict) -> str:
@@ -179,37 +206,6 @@ def spread(cell: dict) -> str:
     if len(cell["seeds"]) == 1:
         return f"{cell['mean']:.1f} (1)"
     return f"{cell['mean']:.1f} ± {cell['std']:.1f} ({len(cell['seeds'])})"
-
-
-def wmdd(tables: Path) -> str:
-    """Table 1's ImageNette column at scale small as Markdown: WMDD and random real images, soft and hard labels."""
-    cells = [c for c in load_cells(tables / "wmdd" / "small" / "cells") if c["table"] == "table1"]
-    reported = load_reported(ROOT / "wmdd" / "reported.csv")
-    printed = {
-        r["ipc"]: r for r in reported if (r["table"], r["dataset"], r["method"]) == ("table1", "ImageNette", "WMDD")
-    }
-    rows = {(r["method"], r["ipc"]): r for r in extras_rows(cells)}
-    heads = ["IPC", "WMDD, soft labels", "random real, soft", "WMDD, hard", "random real, hard", "WMDD as printed"]
-    head = "`paper=wmdd scale=small`, Table 1, ImageNette, at reduced resolution and iterations:"
-    lines = [head, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for ipc in sorted({ipc for _, ipc in rows}):
-        ours, random = rows.get(("WMDD", ipc), {}), rows.get((RANDOM, ipc), {})
-        values = [number(row, regime) for regime in ("soft", "hard") for row in (ours, random)]
-        paper = printed[ipc]
-        lines.append(f"| {ipc} | " + " | ".join(values) + f" | {paper['value']} ± {paper['std']} |")
-    about = {(c["run_on"], c["hardware"], len(c["seeds"])) for c in cells}
-    for run_on, hardware, seeds in sorted(about):
-        lines += [
-            "",
-            f"Top-1 accuracy in percent, mean ± standard deviation of {seeds} students; {run_on}; {hardware}.",
-        ]
-    return "\n".join(lines)
-
-
-def number(row: dict, regime: str) -> str:
-    if row.get(regime) is None:
-        return "not run"
-    return f"{row[regime]:.1f}" + ("" if (std := row[f"{regime}_std"]) is None else f" ± {std:.1f}")
 
 
 def updated(text: str, block: str) -> str:
