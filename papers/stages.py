@@ -34,6 +34,7 @@ from papers.setups import Setup
 __all__ = ["Lab", "Stage"]
 
 STREAM_SEED = 42  # one stream of views serves all students of a set, as in the released code
+MOST_LABEL_BYTES = 32 * 2**30  # of stored soft labels: they are held in memory, and written again at each checkpoint
 KEPT: dict[str, Keep] = {"boundary": nrr_dd.boundary_labels}  # label regime -> what is kept of the teacher's logits
 
 
@@ -164,6 +165,13 @@ class Lab:
             return Product({"logits": kept}, {"bytes": kept.numel() * 2})
 
         steps, batch = self._steps(setup)
+        width = 2 if keep else len(self.data(setup.dataset, "train").classes)
+        if (size := 2 * steps * batch * width) > MOST_LABEL_BYTES:
+            raise ValueError(
+                f"the soft labels of {images.what} would take {size:,} bytes of memory, more than the "
+                f"{MOST_LABEL_BYTES:,} that are stored; `labels: recomputed` in paper.yaml, for this data set or IPC, "
+                "makes the same student and stores none"
+            )
         settings = {
             "recipe": stream_of(recipe), "stream_seed": STREAM_SEED, "size": setup.size, "precision": self.precision,
             "kept": "boundary" if keep else "logits",
