@@ -786,9 +786,7 @@ if __name__ == "__main__":
 
     sys.exit(
         cli.guard(
-            lambda a: script.run_with_teacher(
-                a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill, check=check
-            ),
+            lambda a: script.run_with_teacher(a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill, check=check),
             sys.argv[1:],
         )
     )

@@ -248,7 +248,7 @@ def test_a_script_chooses_network_and_teacher_by_the_data_set(method, dataset, n
     monkeypatch.setattr(sys, "argv", [method, *keys])
     with pytest.raises(ZeroDivisionError):
         runpy.run_path(str(ROOT / "methods" / f"{method}.py"), run_name="__main__")
-    (_, found, size, chosen, *_), = seen
+    ((_, found, size, chosen, *_),) = seen
     assert (found, size, chosen.name, chosen.epochs) == (network, 32, recipe, 50)
 
 
