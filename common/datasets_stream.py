@@ -70,6 +70,10 @@ class Stream:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def item(self, index: int) -> str | bytes:
+        """The file name of an image, or the encoded image itself."""
+        return self.items[index] if self.items.dtype == object else os.fsdecode(self.items[index])
+
     def class_indices(self, label: int) -> Tensor:
         """int64 [n_k]: the positions of the images of class `label`, ascending."""
         return class_positions(self, label)
@@ -130,7 +134,7 @@ class Stream:
         int64 [n, 2].  ValueError for one that cannot be read."""
         pixels = []
         for index in indices.tolist():
-            item = self.items[index] if self.items.dtype == object else os.fsdecode(self.items[index])
+            item = self.item(index)
             try:
                 pixels.append(torch.from_numpy(decoding.decode(item, self.channels, short_side).copy()))  # [h, w, C]
             except decoding.UNREADABLE as error:

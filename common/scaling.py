@@ -26,9 +26,9 @@ import numpy as np
 from scipy.stats import f as f_distribution
 
 __all__ = [
-    "GRIDS", "ScalingLaw", "Score", "SharedB", "augmentation_robust_score", "epochs_for", "epochs_to_reach",
-    "fit_scaling_law", "fitted_epochs", "hard_label_recovery", "improvement_over_random", "label_robust_score",
-    "law_product", "shared_b_test",
+    "GRIDS", "LEAST_EPOCHS", "ScalingLaw", "Score", "SharedB", "augmentation_robust_score", "epochs_for",
+    "epochs_to_reach", "fit_scaling_law", "fitted_epochs", "hard_label_recovery", "improvement_over_random",
+    "label_robust_score", "law_product", "shared_b_test",
 ]  # fmt: skip
 
 GRIDS = {  # b without 0, where the law is constant, and tau in passes
@@ -36,6 +36,8 @@ GRIDS = {  # b without 0, where the law is constant, and tau in passes
     "fine": (np.linspace(-1, 0, 400)[:-1], np.linspace(1, 50, 100)),
 }
 
+
+LEAST_EPOCHS = 5  # one more than b, tau, a and d
 
 # ---------------------------------------------------------------- the law and its fit
 
@@ -139,7 +141,7 @@ def _grid(name: str) -> tuple[np.ndarray, np.ndarray]:
 def _curve(n: int, errors, epochs, d: float | None) -> tuple[np.ndarray, np.ndarray]:
     """A checked curve; ValueError where the law cannot be fitted to it."""
     errors, epochs = np.asarray(errors, float), np.asarray(epochs)
-    least = 5 if d is None else 4  # one more than b, tau, a and d
+    least = LEAST_EPOCHS - (d is not None)
     if errors.shape != epochs.shape or errors.ndim != 1 or len(errors) < least:
         raise ValueError(f"{errors.shape} errors at {epochs.shape} epochs; needs as many of both, and at least {least}")
     if n < 1:

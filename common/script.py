@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -246,6 +247,8 @@ def run_with_teacher(
     check: Callable | None = None,
     native: bool = False,
     small: str = "resnet18",
+    recipes: Mapping[str, Recipe] | None = None,
+    factor: Callable[[Any, int], int] = lambda *_: 1,
     student: Callable[[str, int, str, int, int], Mapping] = lambda *_: {},
 ) -> None:
     """Parse, train or read the teacher, distil (resumable), save, train one student and print its accuracy.
@@ -253,8 +256,9 @@ def run_with_teacher(
     published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of
     the method.  distill: the method's function; native: it cuts its own views from whole images (`size`, `sizes`).
     check: (config, untrained teacher, labels, size=, side=) raises for what cannot work; a trained teacher near chance
-    is refused then too.  small: the network below 128
-    px, ResNet-18 else.  student: (dataset, classes, network, factor, ipc) -> the method's own fields of the recipe.
+    is refused then too.  small: the network below 128 px, ResNet-18 else.  recipes: the teacher's by data set, WMDD's
+    for others.  factor: (config, size) -> patches along a side of an image.  student: (dataset, classes, network,
+    factor, ipc) -> the method's own fields of the recipe.
     """
     args, config, device = parse(argv, name, WithTeacher, config_class, published)
     dtype = resolve_precision(args.precision, device)
@@ -270,8 +274,9 @@ def run_with_teacher(
         net = networks.make(args.network, classes=len(train.classes), size=size, generator=rng(args.seed, "teacher"))
         check(config, net, train.labels, size=size, side=train.short_side)
     views, test_views = train.center(size), test.center(size)
-    recipe = replace(teachers.WMDD_TEACHER, epochs=args.teacher_epochs)
-    own = student(args.dataset, len(train.classes), args.network, 1 if size < 128 else 2, args.ipc)
+    recipe = (recipes or {}).get(args.dataset, teachers.WMDD_TEACHER)
+    recipe = replace(recipe, epochs=args.teacher_epochs)
+    own = student(args.dataset, len(train.classes), args.network, factor(config, size), args.ipc)
     batch = min(100, max(10, args.ipc * len(train.classes)))
     taught = Recipe(**{"batch": batch, **own, "epochs": args.student_epochs})
     entry = store.make(

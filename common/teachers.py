@@ -19,7 +19,7 @@ from common.train import accuracy, fit
 from common.views import Recipe
 
 __all__ = [
-    "CIFAR_TEACHER", "RECIPES", "TINY_TEACHER", "WMDD_TEACHER", "check", "restore", "settings", "train",
+    "CIFAR_TEACHER", "RECIPES", "SQUEEZE", "TINY_TEACHER", "WMDD_TEACHER", "check", "restore", "settings", "train",
     "trained",
 ]  # fmt: skip
 
@@ -40,6 +40,7 @@ TINY_TEACHER = Recipe(
     labels="hard", crop=0.08, cutmix=False,
 )  # fmt: skip
 RECIPES = {"wmdd": WMDD_TEACHER, "cifar": CIFAR_TEACHER, "tiny": TINY_TEACHER}
+SQUEEZE = {"cifar10": CIFAR_TEACHER, "cifar100": CIFAR_TEACHER, "tiny-imagenet": TINY_TEACHER}  # by data set
 
 
 def settings(dataset: str, network: str, size: int, recipe: Recipe, seed: int, precision: str) -> dict:

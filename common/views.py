@@ -101,7 +101,10 @@ def views(
     """The stream of augmented batches of `recipe`, from step `start` on; every draw depends on (seed, epoch, batch).
 
     rows: those of each batch that a `Stream` decodes; a `Dataset` gives whole batches, for CutMix pairs any two images.
+    Raises ValueError for a recipe whose views a `Stream` does not give.
     """
+    if isinstance(data, Stream):
+        _check_streamed(data, recipe)
     n, per_epoch = len(data.labels), steps_per_epoch(len(data.labels), recipe.batch)
     for epoch in range(start // per_epoch, recipe.epochs):
         order = torch.randperm(n, generator=rng(seed, "order", epoch))
@@ -116,6 +119,18 @@ def views(
                 pixels = apply_cutmix(pixels, permutation, box)
                 share = (box[1] - box[0]) * (box[3] - box[2]) / size**2
             yield View(epoch * per_epoch + batch, epoch, indices, pixels, permutation, share)
+
+
+def _check_streamed(data: Stream, recipe: Recipe) -> None:
+    """ValueError that names what a recipe asks of the decoding workers and they cannot do."""
+    wanted = {"pad": 0, "flip": True, "shuffle": 1}
+    wrong = [f"{k}={getattr(recipe, k)!r}" for k, v in wanted.items() if getattr(recipe, k) != v]
+    if wrong:
+        allowed = ", ".join(f"{k}={v!r}" for k, v in wanted.items())
+        raise ValueError(
+            f"recipe {recipe.name!r} has {', '.join(wrong)}, but {data.name} is streamed from disk, and a stream gives "
+            f"random resized crops (crop) and flips alone; allowed: {allowed}"
+        )
 
 
 def _pixels(

@@ -18,6 +18,8 @@ No code was found and the supplement with the settings was not at hand; what the
   CIDD keeps      the lowest confidence (text, Figs 1 and 2), or the lowest cross-entropy (Alg. 1)   -> `confidence`
   tiles           a side of 1/beta (text), of which beta do not fill an image                       -> 1/sqrt(beta)
   DBR labels      one pair an image (Alg. 1); the 0.2 GB it quotes are one pair an image and epoch  -> an epoch
+The command trains the teacher by SRe2L's recipes on CIFAR and Tiny-ImageNet and by WMDD's elsewhere, with 50 epochs
+(`teacher_epochs`), and the student by RDED's recipe.
 Needs torch; copy this file alone.
 """
 
@@ -775,14 +777,14 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from common import cli, script
+    from common import cli, script, teachers
     from methods import rded
 
     sys.exit(
         cli.guard(
             lambda a: script.run_with_teacher(
                 a, "nrr_dd", Config, PUBLISHED, State.restore, distill, check=check, native=True, small="convnet3",
-                student=rded.student_recipe,
+                factor=Config.factor, student=rded.student_recipe, recipes=teachers.SQUEEZE,
             ),
             sys.argv[1:],
         )

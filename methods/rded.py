@@ -21,6 +21,8 @@ Paper against released code, and what we take:
   student     the code runs each training batch twice through the student             -> BatchNorm momentum 0.19, once
   result      the code prints the best of six tests                                   -> both, in papers/
   pool size   a default of 600 in the code is more than a class of CIFAR-100 has      -> 300, as in its scripts
+  teacher     published weights by a recipe that is not; torchvision's on ImageNet-1K -> trained by the command: SRe2L's
+              recipes on CIFAR and Tiny-ImageNet, WMDD's elsewhere, `teacher_epochs`=50
 Needs torch; copy this file alone.
 """
 
@@ -461,12 +463,14 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from common import cli, script
+    from common import cli, script, teachers
 
     sys.exit(
         cli.guard(
             lambda a: script.run_with_teacher(
-                a, "rded", Config, PUBLISHED, State.restore, distill, check=check, native=True, student=student_recipe
+                a, "rded", Config, PUBLISHED, State.restore, distill, check=check, native=True, small="resnet18-mod",
+                factor=lambda config, size: resolved(config, size).factor, student=student_recipe,
+                recipes=teachers.SQUEEZE,
             ),
             sys.argv[1:],
         )

@@ -24,6 +24,12 @@ Paper against released code, and what we take:
                   batch keeps its own statistics, so its gradients are the same; they share the random crops
   crops           CIFAR has none; Tiny-ImageNet alone rolls both ways             -> `crop`, `jitter_both`
   files           the code writes JPEG, which all later steps read                -> tensors
+What this file does not hold, and the command adds (papers/nrr_dd has the tables):
+  teacher         CIFAR for 200 epochs, Tiny-ImageNet for 50, each by a recipe    -> their recipes, `teacher_epochs`=50;
+                  of its own; none is given for Imagenette                        WMDD's for every other set
+  student         400 epochs, Mixup, T=30 on CIFAR; 100 epochs, SGD, T=20 with    -> that of ImageNet-1K everywhere: 300
+                  T^2 on Tiny-ImageNet; batches of 1,024 on ImageNet-1K           epochs, AdamW, CutMix, batches of 100
+  normalisation   CIFAR-100 and Tiny-ImageNet by constants of their own           -> ImageNet's everywhere
 Needs torch; copy this file alone.
 """
 
@@ -521,11 +527,14 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from common import cli, script
+    from common import cli, script, teachers
 
     def main(arguments: list[str]) -> None:
         cda = any(a.startswith("curriculum=") and a != "curriculum=none" for a in arguments)
         published = PUBLISHED_CDA if cda else PUBLISHED
-        script.run_with_teacher(arguments, "sre2l", Config, published, RecoverState.restore, distill, check=check)
+        script.run_with_teacher(
+            arguments, "sre2l", Config, published, RecoverState.restore, distill, check=check, small="resnet18-mod",
+            recipes=teachers.SQUEEZE,
+        )  # fmt: skip
 
     sys.exit(cli.guard(main, sys.argv[1:]))

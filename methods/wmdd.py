@@ -33,7 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PUBLISHED", "Config", "RecoverState", "Statistics", "barycenter", "distill", "recover", "statistics"]
+__all__ = [
+    "PUBLISHED", "Config", "RecoverState", "Statistics", "barycenter", "check", "distill", "layer_of", "recover",
+    "statistics",
+]  # fmt: skip
 
 
 def _option(default, help: str, **facts):
@@ -113,8 +116,24 @@ def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def main_path(net: nn.Module) -> list[nn.BatchNorm2d]:
-    """The BatchNorm layers behind the convolutions 1, 2, ... of a ResNet, shortcuts left out (17 in a ResNet-18)."""
-    return [m for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and "downsample" not in name]
+    """The BatchNorm layers behind the convolutions 1, 2, ... of a ResNet, shortcuts left out (17 in a ResNet-18).
+
+    A shortcut is known by its name, as torchvision (`downsample`) and others (`shortcut`) call it.
+    """
+    return [
+        m for name, m in net.named_modules()
+        if isinstance(m, nn.BatchNorm2d) and not {"downsample", "shortcut"} & set(name.split("."))
+    ]  # fmt: skip
+
+
+def layer_of(net: nn.Module, layer: int) -> nn.BatchNorm2d:
+    """The module whose pooled output is the feature, for a layer from 1 on."""
+    path = main_path(net)
+    if layer > len(path):
+        raise ValueError(
+            f"layer={layer} does not exist: the teacher has {len(path)} convolutions; 0 is the last feature"
+        )
+    return path[layer - 1]
 
 
 @contextmanager
@@ -128,13 +147,8 @@ def probe(
     if layer == 0:
         hooks.append(classifier_of(net).register_forward_pre_hook(lambda _, x: features.append(x[0].float())))
     else:
-        path = main_path(net)
-        if layer > len(path):
-            raise ValueError(
-                f"layer={layer} does not exist: the teacher has {len(path)} convolutions; 0 is the last feature"
-            )
         take = lambda _, __, y: features.append(y.float().mean((2, 3)))  # noqa: E731
-        hooks.append(path[layer - 1].register_forward_hook(take))
+        hooks.append(layer_of(net, layer).register_forward_hook(take))
     try:
         yield features, statistics
     finally:
@@ -363,10 +377,7 @@ def barycenter(points: Tensor, ipc: int, generator: torch.Generator, *, kind="wa
     weights: "uniform" (starts at N(0, 1) as released), "subgradient" (starts at real features), "learned" (k-means from
     the uniform solution).
     """
-    if ipc > len(points):
-        raise ValueError(
-            f"ipc={ipc} is more than the {len(points)} real images of a class; allowed: 1 to {len(points)}"
-        )
+    _check_ipc(ipc, len(points))
     points = points.double()
     share = torch.full((ipc,), 1 / ipc, dtype=torch.float64)
     if kind in ("mmd", "ce"):
@@ -710,6 +721,27 @@ def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
 # --- end shared block ---
 
 
+def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side: int | None = None) -> None:
+    """ValueError that names what cannot work, before any work: a teacher without BatchNorm, without the layer or with
+    other classes, a class of fewer images than `ipc`.
+
+    labels int64 [N].  The teacher need not be trained yet.
+    """
+    counts = torch.bincount(labels.cpu())
+    batch_norms(teacher)  # says so when there is none
+    known = classifier_of(teacher).out_features
+    if known != len(counts):
+        raise ValueError(f"the teacher tells {known} classes apart, the images have {len(counts)}; it must be the same")
+    if config.layer:
+        layer_of(teacher, config.layer)
+    _check_ipc(config.ipc, int(counts.min()))
+
+
+def _check_ipc(ipc: int, available: int) -> None:
+    if ipc > available:
+        raise ValueError(f"ipc={ipc} is more than the {available} real images of a class; allowed: 1 to {available}")
+
+
 def distill(
     images: Tensor,
     labels: Tensor,
@@ -754,6 +786,7 @@ if __name__ == "__main__":
 
     sys.exit(
         cli.guard(
-            lambda a: script.run_with_teacher(a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill), sys.argv[1:]
+            lambda a: script.run_with_teacher(a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill, check=check),
+            sys.argv[1:],
         )
     )

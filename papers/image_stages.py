@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common import datasets_decode as decoding
 from common import networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from papers.setups import Setup
     from papers.stages import Lab, Stage
 
-__all__ = ["IMAGES", "random", "statistics", "wmdd_images"]
+__all__ = ["IMAGES", "random", "real_views", "statistics", "wmdd_images"]
 
 PREVIEW_PER_CLASS = 10
 CHECKED = 200  # real training images that a teacher must not be near chance on
@@ -43,7 +44,8 @@ def random(lab: Lab, setup: Setup, seed: int) -> Stage:
         g = rng(seed, "random")
         rows = [train.class_indices(k) for k in range(len(train.classes))]
         chosen = torch.cat([r[torch.randperm(len(r), generator=g)[:ipc]] for r in rows])
-        tensors = {"images": _centre(train, chosen, setup).cpu().float() / 255, "labels": train.labels.cpu()[chosen]}
+        pixels = real_views(train, chosen, setup).cpu().float() / 255
+        tensors = {"images": pixels, "labels": train.labels.cpu()[chosen]}
         return _set(tensors, {"method": "random"}, train)
 
     settings = {"method": "random", "ipc": ipc, "size": setup.size, "shorter": setup.shorter, "seed": seed}
@@ -59,13 +61,21 @@ def statistics(lab: Lab, setup: Setup, layer: int) -> Stage:
 
     def build(work: Path) -> Product:
         batches = functools.partial(lab.class_batches, setup)
-        stats = wmdd.statistics(lab.restored(teacher), batches, len(train.classes), layer=layer)
+        stats = wmdd.statistics(_checked(lab, setup, teacher), batches, len(train.classes), layer=layer)
         return Product(stats.tensors(), {"layer": layer})
 
     settings = {"layer": layer, "size": setup.size, "shorter": setup.shorter}
+    if layer:
+        settings["module"] = _name_in(_untrained(setup.network, len(train.classes), setup.size), layer)
     cost = 4 * len(train) * forward_flops(setup.network, setup.size)  # in fp32
     what = f"features and BatchNorm statistics, {setup.run_on}"
     return lab.stage("statistics", settings, (teacher, train.fingerprint), build, cost, what, teacher)
+
+
+def _name_in(net: torch.nn.Module, layer: int) -> str:
+    """What a layer is called in its network, so that no result of one is taken for another's."""
+    wanted = wmdd.layer_of(net, layer)
+    return next(name for name, module in net.named_modules() if module is wanted)
 
 
 def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...]:
@@ -77,7 +87,6 @@ def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...
         rows = slice(first, min(first + BLOCK, classes))
 
         def build(work: Path) -> Product:
-            check_ipc(train, config.ipc)
             real = wmdd.Statistics(**lab.entry(stats).tensors())
             atoms, weights = wmdd.barycenters(real, config, rng(0, "barycenters"), rows)
             return Product({"atoms": atoms, "weights": weights}, {})
@@ -93,8 +102,9 @@ def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...
 def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """One set serves all seeds of students, as in the paper."""
     config = wmdd.Config(**{"precision": lab.precision, **setup.distill})
-    teacher, stats, blocks = lab.teacher(setup), statistics(lab, setup, config.layer), barycenters(lab, setup, config)
     train = lab.data(setup.dataset, "train")
+    _check(wmdd, config, setup, train)
+    teacher, stats, blocks = lab.teacher(setup), statistics(lab, setup, config.layer), barycenters(lab, setup, config)
     rows = [number for number, _ in wmdd.passes(len(train.classes), config)]
 
     def targets() -> tuple[Tensor, Tensor]:
@@ -292,7 +302,8 @@ def _checked(lab: Lab, setup: Setup, teacher: Stage) -> torch.nn.Module:
     """The trained teacher; ValueError where it is near chance on real training images."""
     net, train = lab.restored(teacher), lab.data(setup.dataset, "train")
     rows = torch.linspace(0, len(train) - 1, min(CHECKED, len(train))).long()
-    views = normalise(_centre(train, rows, setup).to(lab.device), train.mean, train.std)
+    pixels, rows = _readable(train, rows, setup)
+    views = normalise(pixels.to(lab.device), train.mean, train.std)
     teachers.check(net, views, train.labels.cpu()[rows], train.classes)
     return net
 
@@ -318,11 +329,26 @@ def _check(method, config, setup: Setup, train: Dataset | Stream) -> None:
     method.check(config, net, train.labels, size=setup.size, side=side)
 
 
-def _centre(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:
-    """Centre views uint8 [B, C, size, size] of some training images."""
+def real_views(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:
+    """Centre views uint8 [B, C, size, size] of some training images; ValueError names those that cannot be read."""
+    pixels, found = _readable(train, rows, setup)
+    if missing := sorted(set(rows.tolist()) - set(found.tolist())):
+        names = ", ".join(decoding.name_of(train.item(i), i) for i in missing[:5])
+        raise ValueError(
+            f"{len(missing)} of the {len(rows)} images asked of {train.name} cannot be read ({names}"
+            f"{', ...' if len(missing) > 5 else ''}); repair or remove these files"
+        )
+    return pixels
+
+
+def _readable(train: Dataset | Stream, rows: Tensor, setup: Setup) -> tuple[Tensor, Tensor]:
+    """Centre views uint8 [B, C, size, size] of some training images and which ones these are, int64 [B]: a stream
+    leaves out what cannot be read."""
     if isinstance(train, Stream):
-        return torch.cat([pixels for pixels, _, _ in train.batches(rows, 256, setup.size, "center", 0, 0)])
-    return train.center(setup.size, rows, shorter=setup.shorter)
+        parts = list(train.batches(rows, 256, setup.size, "center", 0, 0))
+        pixels = [torch.empty(0, train.channels, setup.size, setup.size, dtype=torch.uint8), *(p[0] for p in parts)]
+        return torch.cat(pixels), torch.cat([rows[:0].cpu(), *(p[2] for p in parts)])
+    return train.center(setup.size, rows, shorter=setup.shorter), rows
 
 
 def _resumed(work: Path, restore: Callable, iterations: int) -> tuple[object | None, Callable, list]:

@@ -21,7 +21,7 @@ from common.attacks import robust_accuracy
 from common.augment import rng
 from common.cka import similarity
 from common.corruptions import CORRUPTIONS, PROCEDURAL, STANDARD, corrupt, load_released, released_labels
-from common.scaling import fit_scaling_law, fitted_epochs
+from common.scaling import LEAST_EPOCHS, fit_scaling_law, fitted_epochs
 from common.store import Product
 from common.views import normalise
 from methods import mtt
@@ -236,6 +236,10 @@ def _law(lab: Lab, setup: MatchingSetup, trained: list[Stage]) -> Stage:
     count = setup.distill["ipc"] * len(on.train.classes)
     passes = setup.trained_by(count, len(on.train)).passes
     epochs = sorted({*fitted_epochs(passes), passes})
+    if len(epochs) < LEAST_EPOCHS:
+        raise ValueError(
+            f"the scaling law needs the errors after at least {LEAST_EPOCHS} epochs; these students train for {passes}"
+        )
 
     def build(work: Path) -> Product:
         curves = torch.tensor([curve for stage in trained for curve in lab.entry(stage).meta["curves"]])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import matching
 from common.augment import rng
-from common.datasets import load
+from common.datasets import Stream, load
 from methods import natural_mixing
 
 if TYPE_CHECKING:
@@ -28,14 +28,20 @@ def _other(lab: Lab, name: str, channels: int):
 
 
 def pool_inputs(lab: Lab, setup: MatchingSetup, on: matching.Setting) -> tuple[str, ...]:
-    """Fingerprints of the images that are mixed in; FileNotFoundError says what is missing before anything runs."""
+    """Fingerprints of the images that are mixed in.
+
+    Before anything runs, FileNotFoundError says what is missing, and ValueError that a set is too large to mix in.
+    """
     if not setup.mix:
         return ()
     name = setup.mix.get("pool", "")
     if name == FRACTALS:
         return (FRACTALS,)
     channels = on.train.images.shape[1]
-    return ((_other(lab, name, channels) if name else on.train).fingerprint,)
+    other = _other(lab, name, channels) if name else on.train
+    if isinstance(other, Stream):
+        raise ValueError(f"mix.pool={name!r} is streamed from disk; images are mixed in from memory; take a small set")
+    return (other.fingerprint,)
 
 
 def mixture(

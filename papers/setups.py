@@ -32,6 +32,7 @@ ARCHITECTURES = {  # as printed -> common.networks
     "EfficientNet-B0": "efficientnet_b0",
 }
 PUBLISHED = {"sre2l": sre2l.PUBLISHED, "cda": sre2l.PUBLISHED_CDA, "rded": rded.PUBLISHED, "nrr_dd": nrr_dd.PUBLISHED}
+LABELS = ("stored", "recomputed", "online", "fixed")  # where a teacher's soft labels come from
 STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's view may exchange
 
 
@@ -111,6 +112,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     own = data.get("teachers", {}).get(made_with)  # a recipe for this architecture
     recipe = teachers.RECIPES[data.get("teacher_recipe", "wmdd")]
     teacher = replace(recipe, **merged(*(x.get("teacher") for x in layers), own))
+    distill = _distill(layers, cell, data["dataset"], scale.get("method", "wmdd"))
     return Setup(
         data["dataset"],
         size,
@@ -118,10 +120,10 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
         networks[cell.arch],
         data["run_on"].format(size=size),
         teacher,
-        _student(scale, layers, cell, data["dataset"], networks[cell.arch], 1 if size < 128 else 2),
-        _distill(layers, cell, data["dataset"], scale.get("method", "wmdd")),
+        _student(scale, layers, cell, data["dataset"], networks[cell.arch], _factor(cell.algorithm, distill, size)),
+        distill,
         cell.label_regime,
-        "fixed" if cell.protocol == "hard-truths-large-soft" else scale.get("labels", "stored"),
+        "fixed" if cell.protocol == "hard-truths-large-soft" else _labels(layers),
         data.get("shorter"),
     )
 
@@ -134,6 +136,20 @@ def _distill(layers: list[Mapping], cell: Cell, dataset: str, method: str) -> di
         rows += [x.get("distill") for x in layers]
     rows += [x.get("methods", {}).get(algorithm, {}).get("distill") for x in layers]
     return merged(*rows, cell.distill, {"ipc": cell.ipc})
+
+
+def _factor(algorithm: str, distill: Mapping, size: int) -> int:
+    """Patches along a side of an image; for methods that make none, of RDED's, whose students all then resemble."""
+    if algorithm in ("cidd", "nrr_dd"):
+        return nrr_dd.Config(**distill).factor(size)
+    return rded.resolved(rded.Config(**distill) if algorithm == "rded" else rded.Config(), size).factor
+
+
+def _labels(layers: list[Mapping]) -> str:
+    chosen = merged(*({"labels": x["labels"]} for x in layers if "labels" in x)).get("labels", "stored")
+    if chosen not in LABELS:
+        raise ValueError(f"labels={chosen!r} is unknown; allowed: {', '.join(LABELS)}")
+    return chosen
 
 
 def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, network: str, factor: int) -> Recipe:

@@ -34,6 +34,7 @@ from papers.setups import Setup
 __all__ = ["Lab", "Stage"]
 
 STREAM_SEED = 42  # one stream of views serves all students of a set, as in the released code
+MOST_LABEL_BYTES = 32 * 2**30  # of stored soft labels: they are held in memory, and written again at each checkpoint
 KEPT: dict[str, Keep] = {"boundary": nrr_dd.boundary_labels}  # label regime -> what is kept of the teacher's logits
 
 
@@ -72,13 +73,14 @@ class Lab:
         return load(name, self.root, split=split, cache=self.store.root / "cache")
 
     @functools.cache  # noqa: B019
-    def test_views(self, name: str, size: int, shorter: int | None) -> Tensor:
-        """Centre views of the test split: uint8 [N, C, size, size]."""
+    def test_views(self, name: str, size: int, shorter: int | None) -> tuple[Tensor, Tensor]:
+        """Centre views of the test split, uint8 [N, C, size, size], and their labels [N], without unreadable images."""
         data = self.data(name, "test")
         if isinstance(data, Stream):
-            order = torch.arange(len(data))
-            return torch.cat([pixels for pixels, _, _ in data.batches(order, 256, size, "center", 0, 0)])
-        return data.center(size, shorter=shorter)
+            parts = zip(*data.batches(torch.arange(len(data)), 256, size, "center", 0, 0), strict=True)
+            views, labels, _ = (torch.cat(part) for part in parts)
+            return views, labels
+        return data.center(size, shorter=shorter), data.labels
 
     def class_batches(self, setup: Setup, k: int) -> Iterator[Tensor]:
         """Normalised centre views of class k in file order, in the chunks of 100 of the released code."""
@@ -119,8 +121,7 @@ class Lab:
             return teachers.train(
                 work,
                 train,
-                self.test_views(setup.dataset, setup.size, setup.shorter),
-                test.labels,
+                *self.test_views(setup.dataset, setup.size, setup.shorter),
                 network=setup.network,
                 size=setup.size,
                 recipe=setup.teacher,
@@ -164,6 +165,13 @@ class Lab:
             return Product({"logits": kept}, {"bytes": kept.numel() * 2})
 
         steps, batch = self._steps(setup)
+        width = 2 if keep else len(self.data(setup.dataset, "train").classes)
+        if (size := 2 * steps * batch * width) > MOST_LABEL_BYTES:
+            raise ValueError(
+                f"the soft labels of {images.what} would take {size:,} bytes of memory, more than the "
+                f"{MOST_LABEL_BYTES:,} that are stored; `labels: recomputed` in paper.yaml, for this data set or IPC, "
+                "makes the same student and stores none"
+            )
         settings = {
             "recipe": stream_of(recipe), "stream_seed": STREAM_SEED, "size": setup.size, "precision": self.precision,
             "kept": "boundary" if keep else "logits",
@@ -187,7 +195,8 @@ class Lab:
 
         def build(work: Path) -> Product:
             data, weights = self.as_data(images)
-            views, history, source = self.test_views(setup.dataset, setup.size, setup.shorter), [], None
+            (views, shown), history = self.test_views(setup.dataset, setup.size, setup.shorter), []
+            source = None
             if soft and stored:
                 source = Stored(self.entry(needs[1]).tensors()["logits"])
             elif soft and setup.labels == "fixed":
@@ -197,7 +206,7 @@ class Lab:
             tested = tested_epochs(recipe)
 
             def top1(net: nn.Module) -> float:
-                return accuracy(net, views, test.labels, data, device=self.device, dtype=self.dtype)
+                return accuracy(net, views, shown, data, device=self.device, dtype=self.dtype)
 
             net = networks.make(network, classes=len(data.classes), size=setup.size, generator=rng(seed, "student"))
             net = fit(

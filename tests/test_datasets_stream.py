@@ -10,6 +10,7 @@ import torch
 
 from common import cli, doctor
 from common.datasets import Dataset, Stream, load
+from common.views import Recipe, views
 from tests.image_trees import damage, tree
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -82,6 +83,16 @@ def test_stream_leaves_out_unreadable_images(tmp_path):
         gather(strict, range(6), batch=2, size=32, workers=0)
     with pytest.raises(ValueError, match="unknown view 'left': allowed are center, random"):
         next(strict.batches(range(6), 2, 32, "left"))
+
+
+@pytest.mark.parametrize("asked", [{"pad": 4, "crop": 1.0}, {"flip": False}, {"shuffle": 2}])
+def test_a_recipe_that_asks_more_than_a_stream_gives_is_named(pair, asked):
+    data, stream = pair
+    (name, value), *_ = asked.items()
+    recipe = Recipe(epochs=1, batch=8, **asked)
+    assert next(views(data, recipe, 32, 0)).pixels.shape == (8, 3, 32, 32)
+    with pytest.raises(ValueError, match=f"{name}={value}, but own is streamed.*allowed: pad=0, flip=True, shuffle=1"):
+        next(views(stream, recipe, 32, 0))
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

@@ -97,6 +97,19 @@ def test_the_three_regimes_at_imagenet_scale_on_digits(lab):
     assert len(set(losses.values())) == 3 == len(losses)
 
 
+def test_a_law_of_too_few_epochs_is_named_when_it_is_planned(lab):
+    (cell,) = (c for c in PAPER.cells_at("smoke") if c.table == "scaling" and c.id.endswith("hl/convnet/10/own/b")
+               and c.algorithm == "random-subset")  # fmt: skip
+    chosen = setups.setup_of(PAPER.scales["smoke"], cell)
+    for epochs, fine in ((3, False), (4, True)):  # of a protocol that makes one pass more
+        few = replace(chosen, times=1.0, budget=0.0, protocol=replace(chosen.protocol, epochs=epochs))
+        if fine:
+            assert lab.students(cell, few, (0,))
+        else:
+            with pytest.raises(ValueError, match=r"at least 5 epochs; these students train for 4"):
+                lab.students(cell, few, (0,))
+
+
 def test_published_settings_reach_the_selections():
     _, pruned = setup("paper", "table8/cifar-100/cad-prune/hl/convnet/50/own")
     config = cad.Config(**pruned.distill)

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from common import matching
+from common.datasets import load
 from common.protocols import PROTOCOLS
 from common.store import Store
 from papers import matching_stages, measured_stages, mixing_stages, runner, setups
 from papers.natural_mixing import figures
 from papers.plan import SCALES, load_paper
 from papers.stages import Lab
+from tests.image_trees import tree
 
 PAPER = load_paper("natural_mixing")
 ONLY = "robustness/*/dm/*/1,table1/*/dm/*/1,figure2/*/dm/*/1,figure1/full-data,controls/*/random/*/1"
@@ -92,6 +94,15 @@ def test_a_missing_pool_takes_its_own_cell_down_alone(tmp_path):
     missing = [p for p in planned if p.why.startswith("missing data") and "cifar100" in p.why]
     assert [p.cell.setting for p in missing] == ["no augmentation, mixed with any class"]
     assert len([p for p in planned if p.stages]) == len(planned) - 1
+
+
+def test_a_pool_that_is_streamed_is_named_when_it_is_planned(lab, tmp_path, monkeypatch):
+    cell, chosen = setup("smoke", "table1/cifar-10/random/mixed/convnet/10/own")
+    tree(tmp_path)
+    pool = load("own", tmp_path, resident_bytes=0)
+    monkeypatch.setattr(mixing_stages, "_other", lambda *_: pool)
+    with pytest.raises(ValueError, match=r"mix\.pool='own' is streamed from disk"):
+        matching_stages.students(lab, cell, replace(chosen, mix={"partner": "any", "pool": "own"}), (0,))
 
 
 def test_mixtures_change_with_student_and_epoch_and_stay_in_the_class(lab):

@@ -1,6 +1,7 @@
 """The NRR-DD paper as a user meets it: settings of its cells, label types, a part of the smoke run, scripts alone."""
 
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import networks, teachers
+from common import networks, script, teachers
 from common.augment import rng
 from common.datasets import info, load
 from common.views import Recipe, normalise
-from methods import nrr_dd, rded, sre2l
+from methods import nrr_dd, rded, sre2l, wmdd
 from papers import image_stages, runner, setups, stages
 from papers.plan import SCALES, load_paper
+from tests.image_trees import tree
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = load_paper("nrr_dd")
@@ -106,7 +108,7 @@ def test_the_epochs_that_rdeds_code_tests():
     assert stages.tested_epochs(Recipe(epochs=300)) == set()
 
 
-METHODS = {"sre2l": sre2l, "cda": sre2l, "rded": rded, "cidd": nrr_dd, "nrr_dd": nrr_dd}
+METHODS = {"sre2l": sre2l, "cda": sre2l, "rded": rded, "cidd": nrr_dd, "nrr_dd": nrr_dd, "wmdd": wmdd}
 
 
 @pytest.mark.slow
@@ -223,6 +225,44 @@ def test_a_method_alone(method, tmp_path):
     assert all({"seconds", "finished", "made", "peak_memory_bytes"} <= meta.keys() for meta in metas)
 
 
+TEN = tuple("abcdefghij")
+
+
+@pytest.mark.filterwarnings("ignore:.*has 20 images")
+@pytest.mark.parametrize(
+    ("method", "dataset", "network", "recipe"),
+    [
+        ("sre2l", "cifar10", "resnet18-mod", "cifar-teacher"),
+        ("rded", "cifar10", "resnet18-mod", "cifar-teacher"),
+        ("rded", "own", "resnet18-mod", "wmdd-teacher"),
+        ("nrr_dd", "cifar10", "convnet3", "cifar-teacher"),
+        ("wmdd", "cifar10", "resnet18", "wmdd-teacher"),
+    ],
+)
+def test_a_script_chooses_network_and_teacher_by_the_data_set(method, dataset, network, recipe, tmp_path, monkeypatch):
+    tree(tmp_path, dataset, TEN, sizes=((32, 32),), count=2)
+    seen = []
+    monkeypatch.setattr(teachers, "settings", lambda *given: seen.append(given) or 1 / 0)
+    keys = [f"dataset={dataset}", f"data={tmp_path}", "ipc=1", f"store={tmp_path}/runs", "device=cpu"]
+    keys += [] if method in ("sre2l", "wmdd") else ["pool=2"]
+    monkeypatch.setattr(sys, "argv", [method, *keys])
+    with pytest.raises(ZeroDivisionError):
+        runpy.run_path(str(ROOT / "methods" / f"{method}.py"), run_name="__main__")
+    ((_, found, size, chosen, *_),) = seen
+    assert (found, size, chosen.name, chosen.epochs) == (network, 32, recipe, 50)
+
+
+def test_the_student_of_a_script_sees_the_patches_of_its_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, "Recipe", lambda **given: seen.append(given) or 1 / 0)
+    for method, option in (("rded", "factor=3"), ("nrr_dd", "patches=9"), ("rded", "factor=0")):
+        keys = ["dataset=digits", option, "ipc=1", "size=24", f"store={tmp_path}/runs", "device=cpu"]
+        monkeypatch.setattr(sys, "argv", [method, *keys])
+        with pytest.raises(ZeroDivisionError):
+            runpy.run_path(str(ROOT / "methods" / f"{method}.py"), run_name="__main__")
+    assert [(r["shuffle"], r["crop"]) for r in seen] == [(3, 1 / 3), (3, 1 / 3), (1, 1)]
+
+
 def test_an_unknown_student_of_rded_is_named_before_any_work(tmp_path):
     command = [sys.executable, str(ROOT / "methods" / "rded.py"), "dataset=digits", "network=mlp", "device=cpu"]
     done = subprocess.run([*command, f"store={tmp_path}/runs"], cwd=tmp_path, capture_output=True, text=True)
@@ -238,6 +278,8 @@ def test_an_unknown_student_of_rded_is_named_before_any_work(tmp_path):
         ("rded", ["size=128", "pool=100", "factor=2"], "patches of 64 px"),
         ("nrr_dd", ["network=resnet18"], "no class activation map"),
         ("nrr_dd", ["ipc=101"], "a pool of 100 images"),
+        ("wmdd", ["network=lenet"], "no BatchNorm2d"),
+        ("wmdd", ["layer=18"], "layer=18 does not exist"),
     ],
 )
 def test_what_cannot_work_is_named_before_a_teacher_is_trained(method, settings, words, tmp_path):

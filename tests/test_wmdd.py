@@ -132,6 +132,16 @@ def test_weighted_moments_are_equation_14():
     )
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet18-bn-w8"])
+def test_layers_are_counted_along_the_main_path(name):
+    """17 convolutions behind 3 x 3 kernels or the stem; those of the shortcuts have 1 x 1."""
+    net = networks.make(name, classes=4, size=32, generator=rng(0))
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    path = wmdd.main_path(net)
+    assert len(path) == len(convolutions) == 17
+    assert [bn.num_features for bn in path] == [conv.out_channels for conv in convolutions]
+
+
 def test_layers_are_read_where_asked(teacher, real):
     deep = statistics_of(teacher, real, layer=2)
     assert deep.features.shape == (48, 12)  # pooled second convolution, before its ReLU

@@ -15,9 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.datasets import Stream
 from methods.wmdd import Config
 from papers import drawing
+from papers.image_stages import real_views
 from papers.report import RANDOM
 from papers.wmdd import toy
 
@@ -46,7 +46,7 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     figure, axes = drawing.axes_of(0.85 * len(chosen) + 0.4, 1.75 * shown + 0.3, 2 * shown, len(chosen))
     train = run.lab.data(planned.setup.dataset, "train")
     for column, k in enumerate(chosen):
-        views = _centre(train, train.class_indices(k)[pairs[column]], planned.setup)
+        views = real_views(train, train.class_indices(k)[pairs[column]], planned.setup).cpu()
         for j in range(shown):
             drawing.show_image(axes[2 * j, column], tensors["images"][k * ipc + j])
             drawing.show_image(axes[2 * j + 1, column], views[j] / 255)
@@ -191,14 +191,6 @@ def figure_labels(run: Run) -> Figure | None:
 
 
 # ---------------------------------------------------------------- what a run holds
-
-
-def _centre(data, positions: Tensor, setup) -> Tensor:
-    """The views of real images that the teacher sees: uint8 [B, C, size, size] on the CPU."""
-    if isinstance(data, Stream):
-        batches = data.batches(positions, len(positions), setup.size, "center", 0, 0)
-        return torch.cat([pixels for pixels, _, _ in batches])
-    return data.center(setup.size, positions, shorter=setup.shorter).cpu()
 
 
 def _lambda(distill) -> float:
