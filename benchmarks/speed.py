@@ -55,7 +55,8 @@ Where it comes from: our forms run with the tuned allocator, so on processors wi
 plain* is the allocator's, and *over plain, tuned* is what the rest is worth: all classes in one pass, augmentation as
 one batched resampling, no copies in hooks (*ours, fp32*), elementwise work fused (*compiled*), convolutions in bf16
 and channels_last (*mixed*, *bf16*). MTT and DATM walk back through the student's steps one at a time: constant memory
-for a third more arithmetic than the graph of all steps, which *graphs kept* spends instead.
+for a third more arithmetic than the graph of all steps (so slower than plain where the processor is the limit), which
+*graphs kept* spends instead. A form or a ratio that a table lacks was not measured there.
 """
 
 

@@ -81,7 +81,10 @@ class WithSet(Common):
     network: str = arg("", "the student; empty: the ConvNet of the papers for this size")
 
 
-def parse(argv: list[str], name: str, shared: type, config_class: type, published: Mapping):
+def parse(
+    argv: list[str], name: str, shared: type, config_class: type, published: Mapping,
+    purpose: str = "distil one data set",
+):  # fmt: skip
     """(arguments, config, device) with published settings in the fields that were not given, precision resolved."""
     taken = {f.name for f in fields(shared)}
     own = []
@@ -92,7 +95,7 @@ def parse(argv: list[str], name: str, shared: type, config_class: type, publishe
         elif f.name not in taken:
             own.append((f.name, f.type, f))
     both = make_dataclass("Arguments", own, bases=(shared,), frozen=True, namespace={"__module__": __name__})
-    args = cli.parse(both, argv, prog=f"python methods/{name}.py", description=f"{name.upper()}: distil one data set.")
+    args = cli.parse(both, argv, prog=f"python methods/{name}.py", description=f"{name.upper()}: {purpose}.")
     given = {a.split("=", 1)[0] for a in argv}
     rows = {**published.get((args.dataset, None), {}), **published.get((args.dataset, args.ipc), {})}
     args = replace(args, **{k: v for k, v in rows.items() if k not in given})

@@ -22,6 +22,8 @@ from common.train import accuracy, fit
 
 __all__ = ["own_teacher", "run_cad", "run_selection"]
 
+CHOOSE = "choose real images of one data set"
+
 
 # ---------------------------------------------------------------- coresets
 
@@ -36,7 +38,7 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
     network = given.get("network") or "convnet"  # empty: the ConvNet of the papers
     run = method.published(dataset, name, network) if name in method.METHODS else {"augment": "none"}
     kind = run.pop("augment")
-    args, config, device = parse(argv, "coresets", Matching, method.Config, {(dataset, None): run})
+    args, config, device = parse(argv, "coresets", Matching, method.Config, {(dataset, None): run}, CHOOSE)
     store = Store(Path(args.store).expanduser())
     on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
                           store=store)  # fmt: skip
@@ -90,7 +92,7 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
 
     method: the module methods/cad.py.
     """
-    args, config, device = parse(argv, "cad", Pruning, method.Config, method.PUBLISHED)
+    args, config, device = parse(argv, "cad", Pruning, method.Config, method.PUBLISHED, CHOOSE)
     store = Store(Path(args.store).expanduser())
     on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
                           store=store)  # fmt: skip

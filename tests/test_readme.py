@@ -25,7 +25,7 @@ from papers.setups import setup_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-LAPTOP = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("## Laptop")[1].split("## ")[0]
+LAPTOP = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8").split("## Laptop, with Ray")[1].split("## ")[0]
 SET = ROOT / "tables" / "matching" / "small" / "sets" / "dc_cifar10_ipc1.safetensors"
 PROGRAMS = ("bash", "python", "cp")
 LISTED = r"(FOLDER|tables|runs|[a-z]+)/\S*|run_all\.sh"  # first words of lines that list files

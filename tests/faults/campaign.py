@@ -251,12 +251,14 @@ def campaign(options: Options) -> tuple[Counter, list[str], float]:
 
 def section(options: Options, count: Counter, cells: list[str], length: float) -> dict:
     """What the page says of a campaign."""
+    signals = "The signal is SIGKILL." if not count["SIGTERM"] else f"""The signal is SIGTERM in rounds whose number is
+divisible by {options.term}, else SIGKILL."""
+    damage = "" if not count["damaged"] else f"""In rounds divisible by {options.damage} one finished entry of the store
+was truncated, bit-flipped or lost a file after each kill, where there was one."""
     how = f"""A run of {len(cells)} cells of paper={options.paper} at scale=smoke ({length:.1f} s undisturbed) was
 started, killed after random times of up to {2 * length / options.dense:.1f} s and started again until it finished, each
-round in an empty store, and compared with the undisturbed run. Drivers are processes forked after the imports. The
-signal is SIGTERM in rounds whose number is divisible by {options.term}, else SIGKILL; in rounds divisible by
-{options.damage} one finished entry of the store was truncated, bit-flipped or lost a file after each kill, where there
-was one. Half-done work was kept every {options.steps} steps; figures were
+round in an empty store, and compared with the undisturbed run. Drivers are processes forked after the imports.
+{signals} {damage} Half-done work was kept every {options.steps} steps; figures were
 {"drawn" if options.figures else "left out"}."""
     return {
         "title": f"Kills of the driver{f', {len(cells)} cells' if options.only else ''}",
