@@ -5,21 +5,25 @@ The caption beneath a figure says what is seen, on which data, and whether it ca
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from papers import report
+
 if TYPE_CHECKING:
     from papers.runner import Planned, Run
 
 __all__ = [
-    "IPC_AXIS", "axes_of", "captioned", "datasets", "entries", "entry", "error_bars", "ipc_axis", "lines", "name_of",
-    "show_image", "values", "where",
+    "IPC_AXIS", "agree", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry", "error_bars",
+    "ipc_axis", "lines", "listed", "name_of", "panels", "show_image", "title", "values", "where",
 ]  # fmt: skip
 
 IPC_AXIS = "images per class (IPC, log scale)"
@@ -88,20 +92,131 @@ def ipc_axis(ax, ipcs: Iterable[int]) -> None:
     ax.minorticks_off()
 
 
+def dodged(data: pd.DataFrame, *names: str) -> pd.Series:
+    """The IPC of every result, moved a little along a log axis, so that lines (by these columns) do not hide others."""
+    line = data[list(names)].apply(tuple, axis=1)
+    order = list(dict.fromkeys(line))
+    decades = max(np.log10(data["ipc"].max() / data["ipc"].min()), 0.3)
+    return data["ipc"] * 10 ** (0.03 * decades * (line.map(order.index) - (len(order) - 1) / 2))
+
+
+# ---------------------------------------------------------------- panels
+
+
+POINT = ["method", "setting", "arch", "ipc", "metric", "label_regime"]  # of one data set
+
+
+def panels(run: Run, data: pd.DataFrame) -> list[tuple[list[str], pd.DataFrame]]:
+    """Results by data set: its printed name and its rows.
+
+    Printed data sets with one stand-in and the same numbers where both have some are one panel with all their names.
+    """
+    found: list[tuple[list[str], pd.DataFrame]] = []
+    for name in datasets(run, data):
+        own = data[data["dataset"] == name]
+        for place, (names, rows) in enumerate(found):
+            if set(rows["run_on"]) == set(own["run_on"]) and (new := _more(rows, own)) is not None:
+                found[place] = ([*names, name], pd.concat([rows, own[new]]))
+                break
+        else:
+            found.append(([name], own))
+    return found
+
+
+def _more(rows: pd.DataFrame, own: pd.DataFrame) -> pd.Series | None:
+    """Which rows of `own` are not among `rows`; None where the two disagree, or share nothing."""
+    had = rows.groupby(POINT, dropna=False)["accuracy"].apply(list).to_dict()
+    mine = own.groupby(POINT, dropna=False)["accuracy"].apply(list).to_dict()
+    shared = had.keys() & mine.keys()
+    if not shared or any(had[point] != mine[point] for point in shared):
+        return None
+    return ~own[POINT].apply(tuple, axis=1).isin(shared)
+
+
+def title(ax, names: Sequence[str], data: pd.DataFrame, width: float, arch: str = "") -> None:
+    """What a panel of `width` inches shows: the printed data set, and what it was run on where that is another."""
+    run_on = list(dict.fromkeys(data["run_on"]))
+    if len(names) == 1 and all(agree(names[0], text) for text in run_on):
+        parts = [", ".join((*run_on, arch) if arch else run_on)]
+    else:
+        named = [*names, arch] if len(names) == 1 else [arch]  # the caption says what it stands in for
+        parts = [", ".join(part for part in named if part), f"run on {', '.join(run_on)}"]
+    wrapped = [line for part in parts for line in textwrap.wrap(part, round(15 * width))]
+    ax.set_title("\n".join(wrapped), fontsize=9)
+
+
+# ---------------------------------------------------------------- captions
+
+
+def agree(dataset: str, run_on: str) -> bool:
+    """Whether what was run on is the printed data set, perhaps in another form: "CIFAR-10 kept as JPEG files"."""
+    return re.match(re.escape(dataset) + r"(?![\w-])", run_on, re.IGNORECASE) is not None
+
+
 def where(data: pd.DataFrame) -> str:
-    pairs = data[["dataset", "run_on"]].drop_duplicates().itertuples(index=False)
-    return "Run on " + "; ".join(f"{run_on} (for {dataset})" for dataset, run_on in pairs) + "."
+    """What results were run on, and for which printed data sets where these are others."""
+    found: dict[str, list[str]] = {}
+    for dataset, run_on in data[["dataset", "run_on"]].drop_duplicates().itertuples(index=False):
+        found.setdefault(run_on, []).append(dataset)
+    said = [
+        run_on if all(agree(name, run_on) for name in names) else f"{run_on} (for {', '.join(names)})"
+        for run_on, names in found.items()
+    ]
+    return "Run on " + "; ".join(said) + "."
 
 
 def error_bars(data: pd.DataFrame) -> str:
-    seeds = len(set(data["seed"]))
-    return f"Error bars: standard deviation over {seeds} student seeds." if seeds > 1 else "One student seed."
+    """Over how many students the error bars of some results are, and that results of one student have none."""
+    counts = sorted(set(data.groupby("cell").size()))
+    several = [count for count in counts if count > 1]
+    if not several:
+        return "One student a result."
+    over = str(several[0]) if len(several) == 1 else f"{several[0]} to {several[-1]}"
+    text = f"Error bars: mean ± standard deviation over {over} students"
+    return f"{text}; a result without one is of one student." if counts[0] == 1 else f"{text}."
 
 
-def captioned(figure: Figure, text: str, run: Run | None = None) -> Figure:
-    """The figure with a caption beneath it; at scales other than the published one it says so."""
-    if run and not run.paper.scales[run.args.scale]["comparable"]:
-        text += f" Scale {run.args.scale}: not comparable with print."
+def compared(data: pd.DataFrame, random: str) -> str:
+    """Which images and labels results have, `random` a method: "on random real images under hard labels"."""
+    real = data["method"] == random
+    images = [words for words, there in (("distilled", ~real), ("random real", real)) if there.any()]
+    told = {"soft": "the teacher's soft labels", "hard": "hard labels"}
+    labels = [words for regime, words in told.items() if (data["label_regime"] == regime).any()]
+    recipe = ", the same recipe," if len(images) > 1 else ""
+    return f"on {listed(images)} images{recipe} under {listed(labels)}"
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words as in a sentence: a, b and c."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def captioned(figure: Figure, text: str, run: Run | None = None, data: pd.DataFrame | None = None) -> Figure:
+    """The figure with a caption beneath it, which says where it, or some results that it draws, are not comparable."""
+    text += _not_comparable(run, data) if run else ""
     lines = textwrap.wrap(text, max(60, round(17 * figure.get_figwidth())))
     figure.text(0.5, -0.02, "\n".join(lines), ha="center", va="top", fontsize=8)
     return figure
+
+
+def _not_comparable(run: Run, data: pd.DataFrame | None) -> str:
+    """What a caption says of print: at scales other than the published one nothing is comparable, else see the rows."""
+    if not run.paper.scales[run.args.scale]["comparable"]:
+        return f" Scale {run.args.scale}: not comparable with print."
+    drawn = [] if data is None else [run.results[cell] for cell in dict.fromkeys(data["cell"])]
+    other = sum(not _comparable(run, result) for result in drawn)
+    if not other:
+        return ""
+    which = f"{other} of {len(drawn)} results: not" if other < len(drawn) else "Not"
+    return f" {which} comparable with print."
+
+
+def _comparable(run: Run, result: dict) -> bool:
+    """Whether a result stands beside a printed number in its table, made as that was."""
+    regime = run.paper.tables.get(result["table"], {}).get("label_regime", "soft")
+    key = tuple(result[k] for k in report.KEY)
+    return regime in ("any", result["label_regime"]) and any(
+        tuple(row[k] for k in report.KEY) == key and not row["status"].startswith("not comparable")
+        for row in run.rows(result["table"])
+    )

@@ -126,7 +126,8 @@ def fill(run, table):
         values = [20.0 + p.cell.ipc / 2 + seed for seed in (0, 1)]
         run.results[p.cell.id] = {
             "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": [0, 1],
-            "run_on": p.setup.run_on, "settings": {"distill": dict(p.setup.distill)}, "teacher_accuracy": 99.0,
+            "mean": sum(values) / 2, "std": 0.7, "run_on": p.setup.run_on, "teacher_accuracy": 99.0,
+            "settings": {"distill": dict(p.setup.distill)},
         }  # fmt: skip
 
 
@@ -166,14 +167,14 @@ def test_curves_show_means_and_deviations_and_say_what_they_were_run_on(smoke, n
     ax = figure.axes[0]
     assert len(ax.containers) == lines
     middle, _, (bars,) = ax.containers[0]
-    ipcs = {"figure4": [1, 10, 50], "figure5a": [10] * 5, "figure_labels": [1, 10, 50, 100]}[name]
+    ipcs = {"figure4": [1, 10, 50], "figure5a": [10] * 5, "figure_labels": [1, 10, 20, 50, 100]}[name]
     assert list(middle.get_ydata()) == pytest.approx([20.5 + ipc / 2 for ipc in ipcs])
     if name != "figure5a":
         assert list(middle.get_xdata()) == ipcs
     (_, low), (_, high) = bars.get_segments()[0]
     assert high - low == pytest.approx(2 * 0.5**0.5)  # one standard deviation of two seeds, up and down
     assert "(%)" in ax.get_ylabel() and ax.get_xscale() == "log"
-    assert "Error bars: standard deviation over 2 student seeds" in captions(figure)
+    assert "Error bars: mean ± standard deviation over 2 students." in captions(figure)
     assert "Scale smoke: not comparable with print" in captions(figure)
     assert "digits, 16 px" in captions(figure) + ax.get_title()
 

@@ -163,7 +163,8 @@ def test_label_types_have_a_line_each_and_a_panel_for_each_network_and_data_set(
     fill(smoke, "table2")
     figure = figures.figure_labels(smoke)
     assert isinstance(figure, Figure)
-    assert [ax.get_title() for ax in figure.axes] == ["ImageNette, ConvNet", "ImageNette, ResNet-18"]
+    titles = [" ".join(ax.get_title().split()) for ax in figure.axes]
+    assert titles == [f"ImageNette, {arch} run on digits, 16 px, slim networks" for arch in ("ConvNet", "ResNet-18")]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(figures.LABELS)
     expected = [30, 40, 15, 25, 30, 36]
     for container, start in zip(figure.axes[0].containers, expected, strict=True):
@@ -172,20 +173,52 @@ def test_label_types_have_a_line_each_and_a_panel_for_each_network_and_data_set(
         assert bars == pytest.approx([2 * 0.5**0.5] * 3)  # one standard deviation of two seeds, up and down
     words = captions(figure)
     assert figure.get_supylabel() == "top-1 accuracy (%)" and figure.axes[0].get_xscale() == "log"
-    assert "digits, 16 px" in words and "over 2 student seeds" in words and "not comparable with print" in words
+    assert "digits, 16 px" in words and "over 2 students" in words and "not comparable with print" in words
 
 
 def test_random_images_stand_beside_every_method_under_both_labels(smoke):
     fill(smoke, "table1")
     figure = figures.figure_random(smoke)
-    titles = [f"{d}, {a}" for a in ("ConvNet", "ResNet-18", "ResNet-101") for d in ("CIFAR-10", "ImageNette")]
-    assert len(figure.axes) == 10 and [ax.get_title() for ax in figure.axes if ax.axison] == titles
+    titles = [ax.get_title().split("\n")[0] for ax in figure.axes]
+    assert titles == ["ConvNet", "ResNet-18", "ResNet-101"]  # one panel for both data sets, which the digits stand for
+    assert "digits, 16 px, slim networks (for CIFAR-10, ImageNette)" in captions(figure)
+    places = [container[0].get_xdata()[0] for container in figure.axes[0].containers]
+    assert len(set(places)) == len(places) and max(places) < 2 / min(places) < 4  # side by side, about IPC 1
     ends = sorted(round(bars_of(c)[1][-1] - 25.5) for c in figure.axes[0].containers)  # at IPC 50
     assert ends == [5, 15, 15, 20, 25, 30, 30, 40]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [entry for entry in legend if entry not in ("images", "labels")] == [
         "SRe2L", "RDED", "NRR-DD", "random real", "soft", "hard",
     ]  # fmt: skip
+
+
+def test_stand_ins_with_other_numbers_keep_a_panel_each(smoke):
+    fill(smoke, "table1")
+    for result in smoke.results.values():
+        if result["dataset"] == "ImageNette":
+            result["values"] = [value + 1 for value in result["values"]]
+    titles = [ax.get_title().split("\n")[0] for ax in figures.figure_random(smoke).axes if ax.axison]
+    assert titles == [f"{d}, {a}" for a in ("ConvNet", "ResNet-18", "ResNet-101") for d in ("CIFAR-10", "ImageNette")]
+
+
+def test_captions_tell_of_the_labels_that_are_drawn_alone(smoke):
+    fill(smoke, "table2")
+    assert "DBR+LR: these, on images" in captions(figures.figure_labels(smoke))
+    smoke.results = {name: result for name, result in smoke.results.items() if result["setting"] != "DBR+LR"}
+    assert "DBR:" in captions(figures.figure_labels(smoke)) and "DBR+LR" not in captions(figures.figure_labels(smoke))
+
+
+def test_captions_say_which_results_are_of_one_student_and_which_labels_they_have(smoke):
+    fill(smoke, "table1")
+    for result in smoke.results.values():
+        if result["ipc"] == 50:
+            result |= {"values": result["values"][:1], "seeds": [0]}
+    words = captions(figures.figure_random(smoke))
+    assert "on distilled and random real images, the same recipe, under the teacher's soft labels and hard" in words
+    assert "deviation over 2 students; a result without one is of one student." in words
+    smoke.results = {k: r for k, r in smoke.results.items() if r["ipc"] == 50 and r["label_regime"] == "soft"}
+    words = captions(figures.figure_random(smoke))
+    assert "under the teacher's soft labels." in words and "One student a result." in words
 
 
 def test_comparable_scales_do_not_call_themselves_incomparable(smoke, monkeypatch):

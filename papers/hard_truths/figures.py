@@ -15,17 +15,19 @@ from matplotlib.figure import Figure
 
 from common.augment import rng
 from common.matching import tested_images
+from common.scaling import GRIDS
 from methods import coresets
 from papers import drawing
 from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman, very_poor
 from papers.matching_stages import setting_of, teacher_logits
+from papers.measured_stages import GRID
 
 if TYPE_CHECKING:
     from papers.runner import Run
 
 __all__ = [
-    "convergence", "correlations", "figure1", "figure3", "figure4", "figure5", "figure_regimes", "figure_scaling",
-    "figure_scores", "figure_selectors", "figure_sets",
+    "common_sets", "convergence", "correlations", "figure1", "figure3", "figure4", "figure5", "figure_regimes",
+    "figure_scaling", "figure_scores", "figure_selectors", "figure_sets",
 ]  # fmt: skip
 
 REGIMES = ("HL", "SL", "SL+KD")
@@ -34,11 +36,23 @@ FAMILIES = ("EL2N", "forgetting")  # selectors that read one and the same score
 SHOWN = {"Random": "random real"}
 
 
+def common_sets(data: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """Mean accuracy by IPC: one row a set that has every regime which at least two sets have, one column a regime."""
+    found = {}
+    for ipc, own in data.groupby("ipc"):
+        means = own.groupby(["method", "setting"], sort=False)["accuracy"].mean().unstack("setting")
+        regimes = [r for r in REGIMES if r in means and means[r].count() > 1]
+        means = means[regimes].dropna()
+        if len(means) > 1:
+            found[ipc] = means
+    return found
+
+
 def spreads(data: pd.DataFrame) -> pd.DataFrame:
-    """Largest minus smallest mean accuracy over the sets that every regime has, by IPC and regime (points)."""
-    means = data.groupby(["ipc", "method", "setting"])["accuracy"].mean().unstack("setting")
-    means = means[[r for r in REGIMES if r in means]].dropna()
-    return means.groupby("ipc").agg(lambda column: column.max() - column.min())
+    """Largest minus smallest mean accuracy (points) of `common_sets`, by IPC and regime; nan where there is none."""
+    found = {ipc: means.max() - means.min() for ipc, means in common_sets(data).items()}
+    spread = pd.DataFrame(found).T.rename_axis("ipc")
+    return spread[[r for r in REGIMES if r in spread]]
 
 
 def figure_regimes(run: Run) -> Figure | None:
@@ -52,23 +66,41 @@ def figure_regimes(run: Run) -> Figure | None:
     figure, axes = drawing.axes_of(2.6 * len(ipcs) + 2.2, 3.6, 1, len(ipcs), sharey=True)
     spread = spreads(sets)
     for ax, ipc in zip(axes[0], ipcs, strict=True):
-        own = sets[sets["ipc"] == ipc].copy()
-        own["setting"] = pd.Categorical(own["setting"], REGIMES, ordered=True)
-        drawing.lines(own, ax, x="setting", hue="method", hue_order=methods, palette=palette)
-        ax.set(xlabel="label regime", title=f"IPC {int(ipc)}")
+        own = sets[sets["ipc"] == ipc]
+        there = [regime for regime in REGIMES if regime in set(own["setting"])]
+        own = own.assign(place=own["setting"].map(there.index))
+        drawing.lines(own, ax, x="place", hue="method", hue_order=methods, palette=palette)
+        ax.set(xlabel="label regime", title=f"IPC {int(ipc)}", xticks=range(len(there)), xticklabels=there)
+        ax.set_xlim(-0.4, len(there) - 0.6)
         ax.margins(y=0.12)  # room for the spreads
         ax.get_legend().remove()
-        for place, regime in enumerate(REGIMES):
-            if ipc in spread.index and regime in spread:
+        for place, regime in enumerate(there):
+            if ipc in spread.index and pd.notna(spread.loc[ipc].get(regime)):
                 text = f"{spread.loc[ipc, regime]:.1f}"
                 ax.annotate(text, (place, own["accuracy"].max()), (0, 6), textcoords="offset points", ha="center")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    text = (
-        "The same sets under hard labels (HL), one teacher label an image (SL) and a teacher label a view (SL+KD), the"
-        " same number of steps. Above each regime: largest minus smallest mean accuracy of the sets that all regimes"
-        f" have, in points. {drawing.where(sets)} {drawing.error_bars(sets)}"
-    )
-    return drawing.captioned(figure, text, run)
+    told = {
+        "HL": "hard labels (HL)", "SL": "one teacher label an image (SL)", "SL+KD": "a teacher label a view (SL+KD)"
+    }  # fmt: skip
+    words = drawing.listed(text for regime, text in told.items() if regime in set(sets["setting"]))
+    text = f"The same sets under {words}, the same number of steps."
+    if len(spread):
+        text += f" Above each regime: largest minus smallest mean accuracy, in points, {_over(sets)}."
+    text += f" {drawing.where(sets)} {drawing.error_bars(sets)}"
+    return drawing.captioned(figure, text, run, sets)
+
+
+def _over(sets: pd.DataFrame) -> str:
+    """Over which sets the spreads are, for the caption."""
+    words, whole = [], True
+    for ipc, means in common_sets(sets).items():
+        every = list(dict.fromkeys(sets[sets["ipc"] == ipc]["method"]))
+        without = [name for name in every if name not in means.index]
+        few = len(means) <= len(without)
+        text = drawing.listed(means.index) if few else "all" + (f" but {drawing.listed(without)}" if without else "")
+        words.append(f"at IPC {int(ipc)} {text}")
+        whole &= not without
+    return "over all sets" if whole else f"over the sets that have every regime of their panel ({', '.join(words)})"
 
 
 def figure_selectors(run: Run) -> Figure | None:
@@ -89,11 +121,9 @@ def figure_selectors(run: Run) -> Figure | None:
             ax.axvline(own[own["method"] == "random real"]["accuracy"].mean(), color="0.3", linestyle="--", linewidth=1)
         ax.set(xlabel="top-1 accuracy (%)", ylabel="", title=f"IPC {int(ipc)}")
         ax.tick_params(labelsize=7)
-    text = (
-        "Sets of each kind under hard labels, best first; dashed: random real images."
-        f" {drawing.where(data)} {drawing.error_bars(data)}"
-    )
-    return drawing.captioned(figure, text, run)
+    dashed = "; dashed: random real images" if "random real" in set(data["method"]) else ""
+    text = f"Sets of each kind under hard labels, best first{dashed}. {drawing.where(data)} {drawing.error_bars(data)}"
+    return drawing.captioned(figure, text, run, data)
 
 
 def figure1(run: Run) -> Figure | None:
@@ -123,7 +153,7 @@ def figure1(run: Run) -> Figure | None:
         " and where it is smaller than a batch its students take more steps."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, text, run, data)
 
 
 def figure4(run: Run) -> Figure | None:
@@ -163,9 +193,15 @@ def convergence(run: Run) -> pd.DataFrame | None:
 
 
 def figure5(run: Run) -> Figure | None:
-    """Error of students under hard labels over their epochs, a complete schedule each, one panel an IPC."""
+    """Error of students under hard labels over their epochs, a complete schedule each, one panel an IPC.
+
+    One number of epochs shows no curve: None until there are two.
+    """
     data = convergence(run)
     if data is None:
+        return None
+    data = data[data.groupby("ipc")["epochs"].transform("nunique") > 1]
+    if not len(data):
         return None
     data = data.assign(
         method=data["method"].replace(SHOWN),
@@ -185,11 +221,10 @@ def figure5(run: Run) -> Figure | None:
         ax.minorticks_off()
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    text = (
-        "The same sets, students that train for longer: real images (dashed) are used up earlier than made ones if"
-        f" their lines turn flat earlier. {drawing.where(data)} {drawing.error_bars(data)}"
-    )
-    return drawing.captioned(figure, text, run)
+    text = "The same sets, students that train for longer"
+    if data["images"].nunique() > 1:
+        text += ": real images (dashed) are used up earlier than made ones if their lines turn flat earlier"
+    return drawing.captioned(figure, f"{text}. {drawing.where(data)} {drawing.error_bars(data)}", run, data)
 
 
 def figure_scaling(run: Run) -> Figure | None:
@@ -199,22 +234,36 @@ def figure_scaling(run: Run) -> Figure | None:
     if not found:
         return None
     regimes = [regime for regime in REGIMES if any(p.cell.setting == regime for p, _ in found)]
+    ends, failed, above = GRIDS[GRID][1][[0, -1]], [], False
     figure, axes = drawing.axes_of(3.6 * len(regimes) + 2.0, 3.4, 1, len(regimes), sharey=True)
     for ax, regime in zip(axes[0], regimes, strict=True):
         for color, (planned, made) in enumerate((p, made) for p, made in found if p.cell.setting == regime):
             tensors, meta = made.tensors(), made.meta
             name = f"{SHOWN.get(planned.cell.method, planned.cell.method)}, IPC {planned.cell.ipc}"
-            label = f"{name}: b {meta['b'][0]:.2f}, tau {meta['tau'][0]:.1f}"
+            tau = meta["tau"][0]
+            if min(abs(ends - tau)) < 1e-6:
+                failed.append(f"{name} under {regime}")
+            above |= bool((tensors["law"] > 1).any())
+            label = f"{name}: b {meta['b'][0]:.2f}, tau {tau:.1f}"
             ax.plot(tensors["epochs"], 100 * tensors["errors"], "o", color=f"C{color}", markersize=3)
             ax.plot(tensors["epochs"], 100 * tensors["law"], color=f"C{color}", label=label)
         ax.set(xscale="log", xlabel="passes over the set (log scale)", title=regime)
         ax.legend(frameon=False, fontsize=7)
     axes[0, 0].set_ylabel("top-1 error (%)")
+    axes[0, 0].set_ylim(top=min(axes[0, 0].get_ylim()[1], 100))  # shared
     text = (
         "Mean error of students after their passes (points), and Eqs 7 and 8 fitted to it (lines): y = a n^b prod_j"
         " (n_j / n_{j-1})^(b_j) + d, where b_j = b 2^(-(j-1)/tau). A lower b is a more useful set, a larger tau one"
         f" that is used up more slowly. Run on {found[0][0].setup.run_on}."
     )
+    if failed:
+        which = "every line" if len(failed) == len(found) else drawing.listed(failed)
+        text += (
+            f" The fit fails for {which}: tau lies at the end of the grid that is searched, {ends[0]:g} to"
+            f" {ends[1]:g} passes, so neither it nor b can be read."
+        )
+    if above:
+        text += " A fitted error above 100 %, which no student can have, is cut off."
     return drawing.captioned(figure, text, run)
 
 
@@ -255,8 +304,8 @@ def figure3(run: Run) -> Figure | None:
     for ax, (objective, score) in zip(axes[0], found.items(), strict=True):
         data = subsets(run, objective)
         sns.scatterplot(data, x="loss", y="error", hue="ipc", style="ipc", palette="viridis", s=24, ax=ax)
-        left_out = data[data["poor"]]
-        ax.plot(left_out["loss"], left_out["error"], "x", color="C3", markersize=8)
+        poor = data[data["poor"]]
+        ax.plot(poor["loss"], poor["error"], "x", color="C3", markersize=8)
         wide = data["loss"].max() > 5 * data["loss"].min() > 0
         ax.set(xlabel=f"{objective} of the images (no unit)", xscale="log" if wide else "linear")
         ax.set_ylabel("error of students, hard labels (%)")
@@ -264,12 +313,12 @@ def figure3(run: Run) -> Figure | None:
         given = f"{score.partial:.2f} [{score.low:.2f}, {score.high:.2f}]"
         ax.set_title(f"rho {score.rho:.2f}, given IPC {given}", fontsize=9)
     count = next(iter(found.values())).subsets
+    left_out = any(subsets(run, objective)["poor"].any() for objective in found)
+    crossed = left_out * " Crossed out, and not counted: accuracy below 70 % of the best at that IPC."
     text = (
         f"{count} sets of real images, chosen in different ways: does a lower loss go with a lower error (rho near 1)?"
         " BN loss is SRe2L's, DM loss that of random networks; rank correlation of all sets, and given IPC with its"
-        " 95 % interval from the bootstrap over selectors. Crossed out, and not counted: accuracy below 70 % of the"
-        " best at that IPC."
-        f" {drawing.where(drawing.values(run, 'selectors'))}"
+        f" 95 % interval from the bootstrap over selectors.{crossed} {drawing.where(drawing.values(run, 'selectors'))}"
     )
     return drawing.captioned(figure, text, run)
 
@@ -298,8 +347,9 @@ def figure_scores(run: Run, most: int = 5000) -> Figure | None:
         sns.kdeplot(values.numpy(), ax=axes[0, 0], label=name, clip=(0, 1), fill=True, alpha=0.3)
     axes[0, 0].set(xlabel="score (share of its largest)", ylabel="density")
     axes[0, 0].legend(frameon=False)
-    axes[0, 1].hexbin(hard.numpy(), soft.numpy(), gridsize=40, cmap="viridis", bins="log", mincnt=1)
+    hexagons = axes[0, 1].hexbin(hard.numpy(), soft.numpy(), gridsize=40, cmap="viridis", bins="log", mincnt=1)
     axes[0, 1].set(xlabel="EL2N (no unit)", ylabel="EL2N-SL, T = 20 (no unit)", title=f"rank correlation {rho:.2f}")
+    figure.colorbar(hexagons, ax=axes[0, 1], label="training images in a hexagon (log scale)")
     text = (
         f"Scores of {len(rows)} of the {total} training images ({planned.setup.run_on}), evenly spaced, at the end of"
         " the scoring run: distance of the prediction from the label (EL2N), and from the teacher's prediction, both at"

@@ -54,18 +54,17 @@ def figure_accuracy(run: Run) -> Figure | None:
     data = drawing.values(run, "table1")
     if data is None:
         return None
-    datasets, methods = drawing.datasets(run, data), list(dict.fromkeys(data["method"]))
+    panels, methods = drawing.panels(run, data), list(dict.fromkeys(data["method"]))
     palette = sns.color_palette(n_colors=len(methods))
-    figure, axes = drawing.axes_of(2.8 * len(datasets) + 1.6, 3.2, 1, len(datasets))
-    for ax, dataset in zip(axes[0], datasets, strict=True):
-        own = data[data["dataset"] == dataset]
+    figure, axes = drawing.axes_of(2.8 * len(panels) + 1.6, 3.2, 1, len(panels))
+    for ax, (names, own) in zip(axes[0], panels, strict=True):
         drawing.lines(own, ax, x="ipc", hue="method", hue_order=methods, palette=palette)
         drawing.ipc_axis(ax, own["ipc"])
-        ax.set_title(f"{dataset}\n(run on {', '.join(dict.fromkeys(own['run_on']))})", fontsize=9)
+        drawing.title(ax, names, own, 2.2)
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    text = (
-        "Test accuracy of ConvNets trained from scratch on the distilled images, each method by its own protocol;"
-        f" random real images by the protocol of DSA. {drawing.error_bars(data)}"
-    )
-    return drawing.captioned(figure, text, run)
+    words = ["on distilled images, each method by its own protocol"] if set(methods) != {RANDOM} else []
+    words += ["on random real images by the protocol of DSA"] if RANDOM in methods else []
+    text = f"Test accuracy of ConvNets trained from scratch {', and '.join(words)}."
+    text += f" {drawing.where(data)} {drawing.error_bars(data)}"
+    return drawing.captioned(figure, text, run, data)

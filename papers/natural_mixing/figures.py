@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 SHOWN = {"Random real (ours)": "random real"}
-ARMS = {"baseline": "distilled alone", "mixed": "mixed with real images"}
+ARMS = {"baseline": "set alone", "mixed": "mixed with real images"}
 METRICS = {
     "accuracy": "clean", "corruption accuracy": "corrupted", "fgsm-1 accuracy": "FGSM 1/255",
     "pgd-1 accuracy": "PGD 1/255", "fgsm-8 accuracy": "FGSM 8/255", "pgd-8 accuracy": "PGD 8/255",
@@ -38,24 +38,28 @@ def _bars(data: pd.DataFrame, ax, **roles) -> None:
     sns.barplot(data, y="accuracy", errorbar="sd", err_kws={"linewidth": 1}, capsize=0.15, ax=ax, **roles)
 
 
+def _colours(count: int) -> list:
+    """As many colours, none twice: those of `COLOURS` and two more, or a circle of hues."""
+    return [*COLOURS, "black", "olive"][:count] if count <= 12 else sns.color_palette("husl", count)
+
+
 def figure1(run: Run) -> Figure | None:
     """The whole training set against DC's images, without and with real images mixed in, at the largest IPC run."""
     full, sets = drawing.values(run, "figure1"), drawing.values(run, "table1")
     if sets is None or not len(own := sets[(sets["method"] == "DC") & sets["setting"].isin(ARMS)]):
         return None
     ipc = own["ipc"].max()
-    own = own[own["ipc"] == ipc].assign(arm=lambda d: d["setting"].map(ARMS))
-    if full is not None:
-        own = pd.concat([full[full["method"] == "Full data"].assign(arm="all training images"), own])
+    own = own[own["ipc"] == ipc]
+    words = {"baseline": "alone", "mixed": "mixed with real images"}
+    text = f"DC's images at IPC {ipc}, {drawing.listed(words[arm] for arm in words if arm in set(own['setting']))}"
+    own = own.assign(arm=own["setting"].map({"baseline": "distilled\nalone", "mixed": "mixed with\nreal images"}))
+    if full is not None and len(full := full[full["method"] == "Full data"]):
+        own = pd.concat([full.assign(arm="all training\nimages"), own])
+        text += f", beside all training images ({run.paper.scales[run.args.scale]['measure']['full']['epochs']} epochs)"
     figure, ((ax,),) = drawing.axes_of(4.2, 3.2)
     _bars(own, ax, x="arm", color=COLOURS[0])
     ax.set(xlabel="what the ConvNet trains on", ylabel="top-1 accuracy (%)")
-    epochs = run.paper.scales[run.args.scale]["measure"]["full"]["epochs"]
-    text = (
-        f"DC's images at IPC {ipc}, alone and mixed with real images, beside all training images"
-        f" ({epochs} epochs). {drawing.where(own)} {drawing.error_bars(own)}"
-    )
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, f"{text}. {drawing.where(own)} {drawing.error_bars(own)}", run, own)
 
 
 def figure2(run: Run) -> Figure | None:
@@ -115,7 +119,7 @@ def figure_gain(run: Run) -> Figure | None:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     text = f"What mixing with real images adds to test accuracy on CIFAR-10. {drawing.error_bars(ours)}"
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, text, run, ours)
 
 
 def figure_controls(run: Run) -> Figure | None:
@@ -127,44 +131,74 @@ def figure_controls(run: Run) -> Figure | None:
     arms, ipcs = list(dict.fromkeys(data["setting"])), sorted(set(data["ipc"]))
     figure, axes = drawing.axes_of(1.5 + 4.2 * len(ipcs), 3.6, 1, len(ipcs), sharey=True)
     for ax, ipc in zip(axes[0], ipcs, strict=True):
-        _bars(data[data["ipc"] == ipc], ax, x="method", hue="setting", hue_order=arms, palette="colorblind")
+        own = data[data["ipc"] == ipc]
+        _bars(own, ax, x="method", hue="setting", hue_order=arms, palette=_colours(len(arms)))
         ax.set(xlabel="images of the set", ylabel="top-1 accuracy (%)", title=f"IPC {ipc}")
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    text = (
-        "The same sets under the same number of steps: with and without augmentation, with and without real images"
-        " mixed in, and fresh real images of the classes in place of the set. Mixing reads real images while students"
-        f" train, so what it must beat is real images alone. {drawing.where(data)} {drawing.error_bars(data)}"
-    )
-    return drawing.captioned(figure, text, run)
+    words = ["with and without augmentation"] if len({arm.split(", ")[0] for arm in arms}) > 1 else []
+    words += ["with and without real images mixed in"] if any("mixed" in arm for arm in arms) else []
+    fresh = any("alone" in arm for arm in arms)
+    words += ["fresh real images of the classes in place of the set"] if fresh else []
+    text = "The same sets under the same number of steps" + (f": {drawing.listed(words)}." if words else ".")
+    if fresh:
+        text += (
+            " Mixing reads real images while students train, so what it must beat is real images alone (they stand"
+            " with the random real ones)."
+        )
+    sets = data.groupby(["ipc", "method"]).ngroups
+    if data.groupby(["ipc", "method", "setting"]).ngroups < sets * len(arms):
+        text += " Where a bar is missing nothing was run."
+    return drawing.captioned(figure, f"{text} {drawing.where(data)} {drawing.error_bars(data)}", run, data)
 
 
 def figure_robustness(run: Run) -> Figure | None:
-    """Clean, corrupted and attacked accuracy, without and with mixing, one panel a method at its largest IPC."""
+    """Clean, corrupted and attacked accuracy, without and with mixing, one panel a method at its largest IPC.
+
+    Methods whose students met clean images alone are left out.
+    """
     data = drawing.values(run, "robustness")
     if data is None:
         return None
-    severities = run.paper.scales[run.args.scale]["measure"].get("severities", range(1, 6))
-    data = data[data["metric"].isin(METRICS)].assign(arm=lambda d: d["setting"].map(ARMS))
+    data = data[data["metric"].isin(METRICS)]
+    data = data.assign(arm=data["setting"].map(ARMS), kind=data["metric"].map(METRICS))
+    data = data[data["ipc"] == data.groupby("method")["ipc"].transform("max")]
+    data = data[data.groupby("method")["metric"].transform("nunique") > 1]
+    if not len(data):
+        return None
     methods = list(dict.fromkeys(data["method"]))
-    figure, axes = drawing.axes_of(3.0 * len(methods) + 1.2, 3.4, 1, len(methods), sharey=True)
+    figure, axes = drawing.axes_of(3.0 * len(methods) + 1.6, 3.4, 1, len(methods), sharey=True)
     for ax, method in zip(axes[0], methods, strict=True):
         own = data[data["method"] == method]
-        own = own[own["ipc"] == own["ipc"].max()].assign(kind=lambda d: d["metric"].map(METRICS))
         order = [name for name in METRICS.values() if name in set(own["kind"])]
         _bars(own, ax, x="kind", order=order, hue="arm", hue_order=list(ARMS.values()), palette="colorblind")
+        there = set(zip(own["kind"], own["arm"], strict=True))
+        for place, kind in enumerate(order):
+            for side, arm in zip((-0.2, 0.2), ARMS.values(), strict=True):
+                if (kind, arm) not in there:  # which would read as 0
+                    ax.text(place + side, 0.5, "not run", rotation=90, fontsize=7, ha="center", va="bottom")
         ax.set(xlabel="test images", ylabel="top-1 accuracy (%)")
         ax.set_title(f"{SHOWN.get(method, method)}, IPC {own['ipc'].iloc[0]}", fontsize=9)
         ax.tick_params(axis="x", rotation=40, labelsize=7)
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    text = (
-        "Students of the same sets on clean test images, under the standard corruptions (mean over severities"
-        f" {', '.join(map(str, severities))}; without frost where its textures are procedural) and under attacks of the"
-        " given size in pixels; PGD: 10 steps of a quarter, random start."
-        f" {drawing.where(data)} {drawing.error_bars(data)}"
-    )
-    return drawing.captioned(figure, text, run)
+    text = f"{_tests(run, set(data['metric']))} {drawing.where(data)} {drawing.error_bars(data)}"
+    return drawing.captioned(figure, text, run, data)
+
+
+def _tests(run: Run, metrics: set[str]) -> str:
+    """What the test images of some metrics are, for the caption."""
+    words = ["on clean test images"] if "accuracy" in metrics else []
+    if "corruption accuracy" in metrics:
+        severities = run.paper.scales[run.args.scale]["measure"].get("severities", range(1, 6))
+        words.append(
+            f"under the standard corruptions (mean over severities {', '.join(map(str, severities))}; without frost"
+            " where its textures are procedural)"
+        )
+    if attacks := metrics - {"accuracy", "corruption accuracy"}:
+        pgd = any(metric.startswith("pgd") for metric in attacks)
+        words.append("under attacks of the given size in pixels" + pgd * " (PGD: 10 steps of a quarter, random start)")
+    return f"Students of the same sets {drawing.listed(words)}."
 
 
 def figure_mixtures(run: Run, classes: int = 10, epochs: int = 3) -> Figure | None:

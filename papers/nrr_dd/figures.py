@@ -32,6 +32,10 @@ __all__ = [
 
 METHODS = ("SRe2L", "RDED", "NRR-DD")
 LABELS = ("RDED SL", "NRR-DD SL", "RDED OH", "RDED CL", "NRR-DD DBR", "NRR-DD DBR+LR")  # the columns of Table 2
+TOLD = {  # what students are told of an image
+    "SL": "the teacher's soft labels", "OH": "one-hot labels", "CL": "the teacher's two highest probabilities",
+    "DBR": "the teacher's two distances", "DBR+LR": "these, on images that were refined for them too",
+}  # fmt: skip
 COLUMNS = 5  # panels in a row, one a printed data set
 IPC, EPOCHS = 10, 300  # of the storage figure
 
@@ -119,12 +123,9 @@ def figure_labels(run: Run) -> Figure | None:
     data["labels"] = data["method"] + " " + data["setting"]
     kinds = [kind for kind in LABELS if kind in set(data["labels"])]
     figure = _curves(run, data, hue="labels", hue_order=kinds)
-    text = (
-        "Student accuracy by type of label. SL: the teacher's soft labels; OH: one-hot labels; CL: its two highest"
-        " probabilities; DBR: its two distances; DBR+LR: on images that were refined for these distances too."
-        f" {drawing.where(data)} {drawing.error_bars(data)}"
-    )
-    return drawing.captioned(figure, text, run)
+    told = "; ".join(f"{name}: {words}" for name, words in TOLD.items() if name in set(data["setting"]))
+    text = f"Student accuracy by type of label. {told}. {drawing.where(data)} {drawing.error_bars(data)}"
+    return drawing.captioned(figure, text, run, data)
 
 
 def figure_random(run: Run) -> Figure | None:
@@ -135,12 +136,14 @@ def figure_random(run: Run) -> Figure | None:
     data["images"] = ["random real" if method == RANDOM else method for method in data["method"]]
     data["labels"] = data["label_regime"]
     kinds = [kind for kind in (*METHODS, "random real") if kind in set(data["images"])]
-    figure = _curves(run, data, hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"])
-    text = (
-        "Student accuracy on distilled and on random real images, the same recipe, under the teacher's soft labels and"
-        f" under hard labels. {drawing.where(data)} {drawing.error_bars(data)}"
+    figure = _curves(
+        run, data, ("images", "labels"), hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"]
     )
-    return drawing.captioned(figure, text, run)
+    text = (
+        f"Student accuracy {drawing.compared(data, RANDOM)}. Lines are moved sideways a little, so that none hides"
+        f" another. {drawing.where(data)} {drawing.error_bars(data)}"
+    )
+    return drawing.captioned(figure, text, run, data)
 
 
 def figure_epsilon(run: Run) -> Figure | None:
@@ -268,20 +271,22 @@ def _map(ax, values: torch.Tensor, top: float, colours: str):
     return shown
 
 
-def _curves(run: Run, data: pd.DataFrame, **roles) -> Figure:
-    """Accuracy over IPC, one panel for each network and printed data set that has results, one legend beside them."""
+def _curves(run: Run, data: pd.DataFrame, dodge: Sequence[str] = (), **roles) -> Figure:
+    """Accuracy over IPC, one panel for each network and data set that has results, one legend beside them.
+
+    dodge: columns whose lines are moved sideways.
+    """
     networks = dict.fromkeys(p.cell.arch for p in run.planned)
-    there = set(zip(data["arch"], data["dataset"], strict=True))
-    panels = [(a, d) for a in networks for d in drawing.datasets(run, data) if (a, d) in there]
+    panels = [(a, *panel) for a in networks for panel in drawing.panels(run, data[data["arch"] == a])]
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = drawing.axes_of(2.4 * columns + 1.5, 2.5 * rows + 0.5, rows, columns)
-    for ax, (arch, dataset) in zip(axes.flat, panels, strict=False):
-        own = data[(data["arch"] == arch) & (data["dataset"] == dataset)]
-        drawing.lines(own, ax, x="ipc", **roles)
+    figure, axes = drawing.axes_of(2.4 * columns + 1.5, 2.5 * rows + 0.7, rows, columns)
+    for ax, (arch, names, own) in zip(axes.flat, panels, strict=False):
+        own = own.assign(place=drawing.dodged(own, *dodge) if dodge else own["ipc"])
+        drawing.lines(own, ax, x="place", **roles)
         drawing.ipc_axis(ax, own["ipc"])
         ax.set(xlabel="", ylabel="")
-        ax.set_title(f"{dataset}, {arch}", fontsize=9)
+        drawing.title(ax, names, own, 1.9, arch)
         ax.get_legend().remove()
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
@@ -321,7 +326,7 @@ def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.
     ax.set_xticks(numbers, [f"{number:g}" for number in numbers])
     ax.minorticks_off()
     ax.legend()
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, text, run, data)
 
 
 def _size(count: int) -> str:

@@ -129,11 +129,13 @@ def figure_leaderboard(run: Run) -> Figure | None:
         ax.set(xlabel="", ylabel="top-1 accuracy (%)", title=f"IPC {int(ipc)}")
         ax.tick_params(axis="x", rotation=40, labelsize=7)
     _legend_below(figure, axes[0])
+    told = {"SL": "one teacher label an image", "SL+KD": "a teacher label a view"}
+    words = "".join(f"; {setting}: {text}" for setting, text in told.items() if setting in shown)
     text = (
-        "The same student, epochs and steps for every set, ordered by accuracy under hard labels (HL); SL: one teacher"
-        f" label an image; SL+KD: a teacher label a view. {drawing.where(data)} {drawing.error_bars(data)}"
+        "The same student, epochs and steps for every set, ordered by accuracy under hard labels (HL)"
+        f"{words}. {drawing.where(data)} {drawing.error_bars(data)}"
     )
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, text, run, data)
 
 
 def scores(run: Run) -> pd.DataFrame:

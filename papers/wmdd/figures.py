@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["figure1", "figure2", "figure4", "figure5a", "figure5b", "figure_labels"]
 
+
 def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     """Synthetic images of some classes, each above the real training image nearest to the atom it is tied to.
 
@@ -118,7 +119,7 @@ def figure4(run: Run) -> Figure | None:
         f" {drawing.error_bars(data)} The MMD target is the mean feature of a class in the same teacher; print"
         " has DM, which uses many random networks."
     )
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, text, run, data)
 
 
 def figure5a(run: Run) -> Figure | None:
@@ -134,7 +135,7 @@ def figure5a(run: Run) -> Figure | None:
     ax.get_legend().set_title("data set as printed")
     ipc = ", ".join(str(i) for i in sorted(set(data["ipc"])))
     text = f"Student accuracy (soft labels) against λ at IPC {ipc}. {drawing.where(data)} {drawing.error_bars(data)}"
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, text, run, data)
 
 
 def figure5b(run: Run) -> Figure | None:
@@ -172,22 +173,21 @@ def figure_labels(run: Run) -> Figure | None:
     data["labels"] = data["label_regime"]
     data = data.sort_values("method", key=lambda methods: methods == RANDOM, kind="stable")  # these come last
     kinds = list(dict.fromkeys(data["images"]))
-    datasets = drawing.datasets(run, data)
-    figure, axes = drawing.axes_of(2.6 * len(datasets) + 1.2, 3.2, 1, len(datasets), sharey=True)
-    for ax, dataset in zip(axes[0], datasets, strict=True):
-        own = data[data["dataset"] == dataset]
+    panels = drawing.panels(run, data)
+    figure, axes = drawing.axes_of(2.6 * len(panels) + 1.6, 3.2, 1, len(panels), sharey=True)
+    for ax, (names, own) in zip(axes[0], panels, strict=True):
         drawing.lines(own, ax, x="ipc", hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"])
         drawing.ipc_axis(ax, own["ipc"])
         ax.set_xlabel("")
-        ax.set_title(f"{dataset}\n(run on {', '.join(dict.fromkeys(own['run_on']))})", fontsize=9)
+        drawing.title(ax, names, own, 2.3)
         ax.get_legend().remove()
     figure.supxlabel(drawing.IPC_AXIS, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     text = (
-        "Student accuracy on the test images of the set each column was run on: distilled and random real images, the"
-        f" same recipe, trained on the teacher's soft labels or on hard labels. {drawing.error_bars(data)}"
+        f"Student accuracy {drawing.compared(data, RANDOM)}, tested on images of what the set was made of."
+        f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
-    return drawing.captioned(figure, text, run)
+    return drawing.captioned(figure, text, run, data)
 
 
 # ---------------------------------------------------------------- what a run holds
