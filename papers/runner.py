@@ -86,7 +86,9 @@ class Run:
         for table, layout in self.paper.tables.items():
             if rows := self.rows(table):
                 report.terminal(rows, layout)
-        if (figures := figures_of(self.paper)) is None:
+        try:
+            figures = figures_of(self.paper)
+        except ImportError:  # figures are left out, which is said in the end
             return
         if unknown := [name for name in self.paper.figures if not hasattr(figures, name)]:
             raise ValueError(f"paper.yaml of {self.paper.name} names {unknown[0]}, which its figures.py does not draw")
@@ -391,8 +393,10 @@ def write_report(finished: Run) -> None:
 
 def draw_figures(finished: Run) -> list[str]:
     """Draw every figure whose results are there; returns their names."""
-    if (figures := figures_of(finished.paper)) is None:
-        print("figures are left out: the plotting packages cannot be imported")
+    try:
+        figures = figures_of(finished.paper)
+    except ImportError as error:
+        print(f"figures are left out: {error}")
         return []
     drawn = []
     for name in finished.paper.figures:
@@ -407,11 +411,8 @@ def draw_figures(finished: Run) -> list[str]:
 
 
 def figures_of(paper: Paper):
-    """The module that draws a paper's figures; None where the plotting packages are not there."""
-    try:
-        return importlib.import_module(f"papers.{paper.name}.figures")
-    except ImportError:
-        return None
+    """The module that draws a paper's figures; ImportError where the plotting packages are not there."""
+    return importlib.import_module(f"papers.{paper.name}.figures")
 
 
 def show(finished: Run) -> str:

@@ -570,7 +570,7 @@ def test_every_published_run_is_a_config():
 def test_a_convnet_scores_at_its_own_rate(method, resnet, monkeypatch):
     """In the script, whose default network is the ConvNet."""
 
-    def parse(argv, name, shared, config, published):
+    def parse(argv, name, shared, config, published, purpose):
         (row,) = published.values()
         raise InterruptedError(row.get("lr", config.lr))
 

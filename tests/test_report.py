@@ -238,7 +238,7 @@ MARKDOWN = """\
 
 WMDD: dagger.
 
-## Ours (digits 32 px, not comparable with the printed numbers)
+## Ours (digits 32 px in place of ImageNette, not comparable with the printed numbers)
 
 | method             | ImageNette IPC 10 |
 | ------------------ | ----------------: |
