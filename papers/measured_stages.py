@@ -26,7 +26,7 @@ from common.store import Product
 from common.views import normalise
 from methods import mtt
 from papers import matching_stages
-from papers.hard_truths.analyses import bn_gaps, bn_loss, dm_loss, tm_loss
+from papers.objectives import bn_gaps, bn_loss, dm_loss, tm_loss
 from papers.plan import Cell
 
 if TYPE_CHECKING:
