@@ -5,7 +5,6 @@ The caption beneath a figure says what is seen, on which data, and whether it ca
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -17,12 +16,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from papers import report
+from papers.render import stood_for
 
 if TYPE_CHECKING:
     from papers.runner import Planned, Run
 
 __all__ = [
-    "IPC_AXIS", "agree", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry", "error_bars",
+    "IPC_AXIS", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry", "error_bars",
     "ipc_axis", "lines", "listed", "name_of", "panels", "show_image", "title", "values", "where",
 ]  # fmt: skip
 
@@ -136,7 +136,7 @@ def _more(rows: pd.DataFrame, own: pd.DataFrame) -> pd.Series | None:
 def title(ax, names: Sequence[str], data: pd.DataFrame, width: float, arch: str = "") -> None:
     """What a panel of `width` inches shows: the printed data set, and what it was run on where that is another."""
     run_on = list(dict.fromkeys(data["run_on"]))
-    if len(names) == 1 and all(agree(names[0], text) for text in run_on):
+    if len(names) == 1 and not any(stood_for(names[0], text) for text in run_on):
         parts = [", ".join((*run_on, arch) if arch else run_on)]
     else:
         named = [*names, arch] if len(names) == 1 else [arch]  # the caption says what it stands in for
@@ -148,18 +148,13 @@ def title(ax, names: Sequence[str], data: pd.DataFrame, width: float, arch: str 
 # ---------------------------------------------------------------- captions
 
 
-def agree(dataset: str, run_on: str) -> bool:
-    """Whether what was run on is the printed data set, perhaps in another form: "CIFAR-10 kept as JPEG files"."""
-    return re.match(re.escape(dataset) + r"(?![\w-])", run_on, re.IGNORECASE) is not None
-
-
 def where(data: pd.DataFrame) -> str:
     """What results were run on, and for which printed data sets where these are others."""
     found: dict[str, list[str]] = {}
     for dataset, run_on in data[["dataset", "run_on"]].drop_duplicates().itertuples(index=False):
         found.setdefault(run_on, []).append(dataset)
     said = [
-        run_on if all(agree(name, run_on) for name in names) else f"{run_on} (for {', '.join(names)})"
+        run_on if not any(stood_for(name, run_on) for name in names) else f"{run_on} (for {', '.join(names)})"
         for run_on, names in found.items()
     ]
     return "Run on " + "; ".join(said) + "."

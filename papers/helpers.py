@@ -34,17 +34,16 @@ PAUSE = 0.1  # seconds between two looks at what others are making
 
 
 class Ahead:
-    """What this process knows of the stages of a run: those that are done, and those that failed here."""
+    """What this process knows of the stages of a run: those that are done, and (in the lab) those that failed here."""
 
     def __init__(self, lab: Lab):
         self.lab = lab
         self.done: set[str] = set()
-        self.failed: set[str] = set()
 
     def make_one(self, cells: Sequence[Planned]) -> bool:
         """Make the first stage whose needs are there and that no other process is making; False where there is none.
 
-        One that fails is left to the run itself, which makes it again when its cell has its turn, and tells.
+        One that fails is passed over from then on; the run tells when its cell has its turn.
         """
         for stage in (stage for p in cells for top in p.stages for stage in top.all()):
             if self._done(stage) or self._hopeless(stage) or not all(self._done(need) for need in stage.needs):
@@ -52,8 +51,8 @@ class Ahead:
             try:
                 if self.lab.store.make(stage.name, stage.settings, stage.inputs, stage.build, wait=False):
                     return True
-            except Exception:
-                self.failed.add(self.lab.key(stage))
+            except Exception as error:
+                self.lab.failed[self.lab.key(stage)] = error
                 return True
         return False
 
@@ -69,7 +68,7 @@ class Ahead:
         return key in self.done
 
     def _hopeless(self, stage: Stage) -> bool:
-        return self.lab.key(stage) in self.failed or any(self._hopeless(need) for need in stage.needs)
+        return self.lab.key(stage) in self.lab.failed or any(self._hopeless(need) for need in stage.needs)
 
 
 def run_cells(planned: list[Planned], lab: Lab, folder: Path, args: Args) -> None:
@@ -84,9 +83,9 @@ def run_cells(planned: list[Planned], lab: Lab, folder: Path, args: Args) -> Non
             for number, p in enumerate(queue, 1):
                 if not budget.allows(p):
                     continue
-                rest = queue[number - 1 :]
+                rest = queue[number:]
                 while ahead.wants(p):
-                    if not ahead.make_one(affordable(rest, budget)):
+                    if not ahead.make_one([p, *affordable(rest, budget)]):  # one that was let in is finished
                         time.sleep(PAUSE)
                 runner.finish(p, lab, folder, args, f"[{number}/{len(queue)}]", budget.spent)
     finally:

@@ -79,8 +79,8 @@ def extras_markdown(rows: Sequence[Row]) -> str:
 
 def stood_for(dataset: str, run_on: str) -> str:
     """The printed data set where a result was made with another one, else nothing: "ImageNette" for digits."""
-    kept = re.match(r"[\w -]*?(?=$|,| kept as| \()", run_on)[0]
-    return "" if _letters(kept) == _letters(dataset) else dataset
+    used = re.split(r",| kept as | \(| at ", run_on)[0]  # e.g. of "Imagenette (224 px files), 128 px"
+    return "" if _letters(used) == _letters(dataset) else dataset
 
 
 def _letters(name: str) -> str:

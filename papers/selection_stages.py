@@ -67,7 +67,7 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) ->
         return _set(on, {**chosen, "indices": rows}, **tried)
 
     settings = {**matching.facts(on, seed), "method": "coresets", "config": asdict(config)}
-    settings |= {"protocol": asdict(tested)} if tries else {}
+    settings |= {"protocol": tested.settings()} if tries else {}
     settings |= {"weighted": True} if config.method == "craig" else {}  # its weights are part of the set
     views, held = 3 * tested.passes * ipc * len(on.train.classes), len(on.train) / 10
     cost, what = tries * (views + held) * on.flops, f"{config.method} images, {setup.run_on}, IPC {ipc}"

@@ -64,6 +64,7 @@ class Lab:
         self.store, self.root, self.device = store, root, device
         self.dtype = resolve_precision(precision, device)
         self.precision = precision_name(self.dtype)
+        self.failed: dict[str, Exception] = {}  # stages that were tried ahead, by key
         self._checked: dict[str, tuple[Entry, dict]] = {}  # with the marks of its files
 
     # ---------------------------------------------------------------- data
@@ -100,12 +101,15 @@ class Lab:
         names = tuple(self.key(i) if isinstance(i, Stage) else i for i in inputs)
         return Stage(name, settings, names, recorded(build, self.device), flops, what, needs)
 
+    @functools.cache  # noqa: B019
     def key(self, stage: Stage) -> str:
         return self.store.key(stage.name, stage.settings, stage.inputs)
 
     def entry(self, stage: Stage) -> Entry:
         """The finished entry of a stage; made now if it is missing, checked once and again when its files change."""
         key = self.key(stage)
+        if key in self.failed:
+            raise self.failed[key]
         entry, marks = self._checked.get(key, (None, None))
         if entry is None or entry.marks() != marks:
             entry = self.store.make(stage.name, stage.settings, stage.inputs, stage.build)

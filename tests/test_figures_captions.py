@@ -12,6 +12,7 @@ from papers.hard_truths import figures as hard_truths
 from papers.matching import figures as matching
 from papers.natural_mixing import figures as natural_mixing
 from papers.plan import load_paper
+from papers.render import stood_for
 from papers.report import RANDOM
 
 
@@ -41,7 +42,7 @@ def results(paper, scale, *rows):
 def test_data_sets_are_named_where_others_stand_for_them():
     pairs = [("CIFAR-10", "CIFAR-10 kept as JPEG files"), ("ImageNette", "Imagenette (224 px files), 128 px"),
              ("CIFAR-10", "CIFAR-100"), ("CIFAR-100", "digits"), ("SVHN", "digits")]  # fmt: skip
-    assert [drawing.agree(*pair) for pair in pairs] == [True, True, False, False, False]
+    assert [not stood_for(*pair) for pair in pairs] == [True, True, False, False, False]
     said = drawing.where(pd.DataFrame(pairs, columns=["dataset", "run_on"]))
     assert said == (
         "Run on CIFAR-10 kept as JPEG files; Imagenette (224 px files), 128 px; CIFAR-100 (for CIFAR-10);"

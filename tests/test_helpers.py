@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -99,6 +99,7 @@ def test_after_a_failure_the_stages_that_need_it_are_given_up_and_others_go_on(l
     assert not ahead.wants(first)  # the run goes on to tell that it failed
     with pytest.raises(FloatingPointError, match="nan"):
         lab.entry(broken)
+    assert factory.made == ["teacher", "c"]  # what it failed of is known
 
 
 # Whole runs
@@ -172,3 +173,17 @@ def test_a_cell_beyond_the_budget_is_left_to_later_by_all(tmp_path):
     assert next(p.why for p in run.planned if p.cell.id == RANDOM).startswith("budget=0.001s was used up")
     assert not list((tmp_path / "runs").glob("*/*/manifest.json"))
     assert os.listdir(tmp_path / "tables")
+
+
+def test_a_cell_that_was_let_in_is_finished_beyond_the_budget(lab, monkeypatch):
+    """Its stages take longer than estimated: it is not offered as one that may start, and goes on all the same."""
+    factory = Factory(lab)
+    p = cell(factory.stage("b", factory.stage("a")))
+    budget = runner.Budget(given(lab.store.root, "budget=100s"), lab)
+    monkeypatch.setattr(helpers, "helpers", lambda *_: nullcontext())
+    monkeypatch.setattr(helpers, "Budget", lambda *_: budget)
+    monkeypatch.setattr(budget, "fits", lambda p: not factory.made)  # nothing fits once the first stage is there
+    finished = []
+    monkeypatch.setattr(runner, "finish", lambda p, *_: finished.append(p))
+    helpers.run_cells([p], lab, Path(), given(lab.store.root, "workers=2"))
+    assert factory.made == ["a", "b"] and finished == [p]
