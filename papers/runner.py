@@ -64,7 +64,11 @@ class Run:
 
     def rows(self, table: str) -> list[dict]:
         """The tidy rows of one table: printed numbers, ours, status."""
-        cells = [p.cell.key() | {"why": p.why, "label_regime": p.cell.label_regime} for p in self.planned]
+        whys = (p.why.partition(": looked for ")[0] for p in self.planned)  # without the folders of a machine
+        cells = [
+            p.cell.key() | {"why": why, "label_regime": p.cell.label_regime}
+            for p, why in zip(self.planned, whys, strict=True)
+        ]
         comparable, layout = self.paper.scales[self.args.scale]["comparable"], self.paper.tables.get(table, {})
         reported = report.load_reported(plan.ROOT / self.paper.name / "reported.csv")
         chosen = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}

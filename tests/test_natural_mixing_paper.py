@@ -94,6 +94,9 @@ def test_a_missing_pool_takes_its_own_cell_down_alone(tmp_path):
     missing = [p for p in planned if p.why.startswith("missing data") and "cifar100" in p.why]
     assert [p.cell.setting for p in missing] == ["no augmentation, mixed with any class"]
     assert len([p for p in planned if p.stages]) == len(planned) - 1
+    rows = runner.Run(args, paper, lab, planned, tmp_path, {}).rows("controls")
+    (said,) = {row["status"] for row in rows if "missing" in row["status"]}
+    assert said == "not run: missing data: data set 'cifar100' is not there"  # and not where this machine looked
 
 
 def test_a_pool_that_is_streamed_is_named_when_it_is_planned(lab, tmp_path, monkeypatch):
