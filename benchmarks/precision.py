@@ -6,7 +6,7 @@ Three questions, each answered by accuracies on the test split (percent, one per
 teacher   a ResNet-18 trained in fp32 and in bf16, the same seeds and views
 recover   students of images recovered in fp32 and in bf16 (same teacher, atoms, noise and views per seed)
 student   students trained in fp32 and in bf16 on the same images
-Writes benchmarks/results/precision.json, the file behind `precision=auto`.
+Writes benchmarks/results/precision.json, the file behind `precision=auto`, and precision.md beside it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Options:
     dataset: str = field(default="imagenette", metadata={"help": "real data set"})
     data: str = field(default="", metadata={"help": "folder of the data sets; empty: DD_DATA"})
     size: int = field(default=64, metadata={"help": "side of the images", "unit": "px"})
-    teacher_epochs: int = field(default=5, metadata={"help": "epochs of each teacher"})
-    iterations: int = field(default=200, metadata={"help": "recover iterations"})
-    student_epochs: int = field(default=150, metadata={"help": "epochs of each student"})
+    teacher_epochs: int = field(default=3, metadata={"help": "epochs of each teacher"})
+    iterations: int = field(default=100, metadata={"help": "recover iterations"})
+    student_epochs: int = field(default=60, metadata={"help": "epochs of each student"})
     ipc: int = field(default=10, metadata={"help": "images per class"})
     seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "seeds"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
@@ -136,7 +136,34 @@ def main(argv: list[str]) -> None:
         )
     chosen = {k: v for k, v in asdict(options).items() if k not in ("data", "out")}
     facts = {"options": chosen, "run_on": study.train.note, **made(study.device)}
-    write_atomic(options.out, (json.dumps({"accuracy": rows, **facts}, indent=1) + "\n").encode())
+    result = {"accuracy": rows, **facts}
+    write_atomic(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(Path(options.out).with_suffix(".md"), page(result).encode())
+
+
+def page(result: dict) -> str:
+    """The study as Markdown."""
+    chosen = "  ".join(f"{name}={value}" for name, value in result["options"].items())
+    heads = ("what runs in", "fp32", "bf16", "bf16 - fp32")
+    names = {
+        "teacher": "the teacher's training", "recover": "the recovery of images", "student": "the students' training",
+    }  # fmt: skip
+    lines = []
+    for question, row in result["accuracy"].items():
+        each = (", ".join(f"{value:.1f}" for value in row[precision]) for precision in PRECISIONS)
+        difference = f"{row['difference_mean']:+.1f} ± {row['difference_std']:.1f}"
+        lines.append(f"| {names[question]} | " + " | ".join((*each, difference)) + " |")
+    table = "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines])
+    return f"""\
+# Does bf16 change results?
+
+Written by `python benchmarks/precision.py`. WMDD on {result["run_on"]}: test accuracy in percent, one a seed, where one
+part runs in fp32 or in bf16 and the rest is the same; the mean difference ± standard deviation over seeds.
+
+{table}
+
+{result["hardware"]}, commit {result["commit"]}; {chosen}
+"""
 
 
 if __name__ == "__main__":

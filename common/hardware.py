@@ -36,7 +36,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the device multiplies it in hardware, else fp32 (benchmarks/precision.py: the study)."""
+    """`auto` is bf16 where the device multiplies it in hardware, else fp32 (study: benchmarks/results/precision.md)."""
     table = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if precision != "auto" and precision not in table:
         raise ValueError(f"precision={precision!r} is unknown; allowed: auto, {', '.join(table)}")
