@@ -12,6 +12,7 @@ Writes benchmarks/results/precision.json, the file behind `precision=auto`, and 
 from __future__ import annotations
 
 import json
+import math
 import statistics as stats
 import sys
 from collections.abc import Iterator
@@ -144,7 +145,7 @@ def main(argv: list[str]) -> None:
 def page(result: dict) -> str:
     """The study as Markdown."""
     chosen = "  ".join(f"{name}={value}" for name, value in result["options"].items())
-    heads = ("what runs in", "fp32", "bf16", "bf16 - fp32")
+    heads = ("what runs in", "fp32", "bf16", "bf16 - fp32", "two standard errors", "a loss")
     names = {
         "teacher": "the teacher's training", "recover": "the recovery of images", "student": "the students' training",
     }  # fmt: skip
@@ -152,13 +153,16 @@ def page(result: dict) -> str:
     for question, row in result["accuracy"].items():
         each = (", ".join(f"{value:.1f}" for value in row[precision]) for precision in PRECISIONS)
         difference = f"{row['difference_mean']:+.1f} ± {row['difference_std']:.1f}"
-        lines.append(f"| {names[question]} | " + " | ".join((*each, difference)) + " |")
+        seen = 2 * row["difference_std"] / math.sqrt(len(row["fp32"]))
+        loss = "yes" if row["difference_mean"] < -seen else "not seen"
+        lines.append(f"| {names[question]} | " + " | ".join((*each, difference, f"{seen:.1f}", loss)) + " |")
     table = "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines])
     return f"""\
 # Does bf16 change results?
 
-Written by `python benchmarks/precision.py`. WMDD on {result["run_on"]}: test accuracy in percent, one a seed, where one
-part runs in fp32 or in bf16 and the rest is the same; the mean difference ± standard deviation over seeds.
+Written by `python benchmarks/precision.py`. WMDD on {result["options"]["dataset"]} ({result["run_on"]}): test accuracy
+in percent, one a seed, where one part runs in fp32 or in bf16 and the rest is the same; the mean difference ± standard
+deviation over seeds. A loss of less than two standard errors of that mean cannot be seen with so few seeds.
 
 {table}
 

@@ -9,5 +9,7 @@ RESULT = {"accuracy": {"teacher": TEACHER}, "options": {"dataset": "imagenette",
 
 def test_the_page_has_every_accuracy_and_how_it_was_made():
     said = precision.page(RESULT)
-    assert "| the teacher's training | 56.1, 57.3 | 57.4, 59.8 | +1.9 ± 0.8 |" in said
+    assert "| the teacher's training | 56.1, 57.3 | 57.4, 59.8 | +1.9 ± 0.8 | 1.1 | not seen |" in said
+    lower = TEACHER | {"difference_mean": -1.9}
+    assert "| -1.9 ± 0.8 | 1.1 | yes |" in precision.page(RESULT | {"accuracy": {"teacher": lower}})
     assert "a processor, commit abc; dataset=imagenette  size=64" in said
