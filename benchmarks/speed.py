@@ -56,8 +56,8 @@ plain* is the allocator's, and *over plain, tuned* is what the rest is worth: al
 one batched resampling, no copies in hooks (*ours, fp32*), elementwise work fused (*compiled*), convolutions in bf16
 and channels_last (*mixed*, *bf16*). MTT and DATM walk back through the student's steps one at a time: constant memory
 for a third more arithmetic than the graph of all steps (so slower than plain where the processor is the limit), which
-*graphs kept* spends instead. A form or a ratio that a table lacks was not measured there. Whether bf16 changes accuracies:
-[precision.md](precision.md).
+*graphs kept* spends instead. A form or a ratio that a table lacks was not measured there. Whether bf16 changes
+accuracies: [precision.md](precision.md).
 """
 
 
