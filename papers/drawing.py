@@ -97,7 +97,8 @@ def dodged(data: pd.DataFrame, *names: str) -> pd.Series:
     line = data[list(names)].apply(tuple, axis=1)
     order = list(dict.fromkeys(line))
     decades = max(np.log10(data["ipc"].max() / data["ipc"].min()), 0.3)
-    return data["ipc"] * 10 ** (0.03 * decades * (line.map(order.index) - (len(order) - 1) / 2))
+    step = min(0.03 * decades, 0.15 / max(1, len(order) - 1))  # all lines within a sixth of a decade: IPC 10 is not 20
+    return data["ipc"] * 10 ** (step * (line.map(order.index) - (len(order) - 1) / 2))
 
 
 # ---------------------------------------------------------------- panels

@@ -176,7 +176,8 @@ def figure_labels(run: Run) -> Figure | None:
     panels = drawing.panels(run, data)
     figure, axes = drawing.axes_of(2.6 * len(panels) + 1.6, 3.2, 1, len(panels), sharey=True)
     for ax, (names, own) in zip(axes[0], panels, strict=True):
-        drawing.lines(own, ax, x="ipc", hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"])
+        own = own.assign(place=drawing.dodged(own, "images", "labels"))
+        drawing.lines(own, ax, x="place", hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"])
         drawing.ipc_axis(ax, own["ipc"])
         ax.set_xlabel("")
         drawing.title(ax, names, own, 2.3)
@@ -184,8 +185,8 @@ def figure_labels(run: Run) -> Figure | None:
     figure.supxlabel(drawing.IPC_AXIS, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     text = (
-        f"Student accuracy {drawing.compared(data, RANDOM)}, tested on images of what the set was made of."
-        f" {drawing.where(data)} {drawing.error_bars(data)}"
+        f"Student accuracy {drawing.compared(data, RANDOM)}, tested on images of what the set was made of. Lines are"
+        f" moved sideways a little, so that none hides another. {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run, data)
 
