@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from common import cli
 from common.store import write_atomic
 from papers.plan import ROOT, SCALES, load_paper, papers
 from papers.render import stood_for
@@ -101,14 +102,13 @@ def row(cell: dict, scale: str, status: str, theirs: dict | None) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
-def main() -> int:
-    if sys.argv[1:]:
-        print(f"unknown: {' '.join(sys.argv[1:])}; python -m papers.claims takes no arguments and writes {PAGE.name}")
-        return 2
+def main(argv: list[str]) -> None:
+    """UsageError for any argument."""
+    if argv:
+        raise cli.UsageError(f"{' '.join(argv)!r} is unknown; python -m papers.claims takes no arguments")
     write_atomic(PAGE, page(ROOT.parent / "tables").encode())
     print(f"written: {PAGE.relative_to(ROOT.parent)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.guard(main, sys.argv[1:]))

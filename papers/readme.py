@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from common import cli
 from common.store import write_atomic
 from papers.claims import printed_for, row_key, statuses
 from papers.plan import ROOT, SCALES, Paper, load_paper, papers
@@ -215,14 +216,13 @@ def updated(text: str, block: str) -> str:
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
-def main() -> int:
-    if sys.argv[1:]:
-        print(f"unknown: {' '.join(sys.argv[1:])}; python -m papers.readme takes no arguments and writes {README.name}")
-        return 2
+def main(argv: list[str]) -> None:
+    """UsageError for any argument."""
+    if argv:
+        raise cli.UsageError(f"{' '.join(argv)!r} is unknown; python -m papers.readme takes no arguments")
     text = README.read_text(encoding="utf-8")
     write_atomic(README, updated(text, results(ROOT.parent / "tables")).encode())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.guard(main, sys.argv[1:]))
