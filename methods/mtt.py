@@ -108,7 +108,8 @@ class Config:
     gradient: str = _option("exact", "exact at the memory of one step, unrolled graph, or TESLA's approximation",
                             choices=("exact", "unrolled", "tesla"))  # fmt: skip
     keep: int = _option(0, "last steps of the student whose graph is kept for the way back (exact, tesla): a quarter "
-                        "less work for them, at the memory of each", unit="steps", minimum=0)  # fmt: skip
+                        "less work for them, at the memory of each; mixed has them in fp32", unit="steps",
+                       minimum=0)  # fmt: skip
     chunk: int = _option(0, "images in a pass of the network; 0: all of a step (one that couples images wants 0)",
                          unit="images", minimum=0)  # fmt: skip
     precision: str = _option("fp32", "of the network: mixed takes the student's steps in bf16 and what is "
@@ -130,8 +131,6 @@ class Config:
                 f"no start epoch to draw: min_start={self.min_start}, start={self.start}, max_start={self.max_start}; "
                 "needs min_start < max_start, with expansion_end also min_start < start <= max_start"
             )
-        if self.keep and self.precision == "mixed":
-            raise ValueError(f"keep={self.keep} needs the same precision both ways; precision='mixed' allows keep=0")
         if self.labels == "soft" and self.init == "noise":
             raise ValueError("labels=soft starts from what experts say of real images; init='noise' allows labels=hard")
 

@@ -300,6 +300,16 @@ def test_low_precision_keeps_the_direction(precision):
     assert cosine > (0.999 if precision == "mixed" else 0.99)
 
 
+def test_mixed_has_the_kept_steps_in_fp32():
+    """Both ways, so all of them kept is fp32; precision=auto may choose mixed for any `keep`."""
+    given = case(ipc=2, steps=3, soft=True, dtype=torch.float32)
+    mixed = Student(network(rng("net")), "cpu", low=(True, False))
+    kept = [mtt.exact_gradient(mixed, *given[1:], keep=keep) for keep in (0, 1, 3)]
+    assert all(torch.equal(*pair) for pair in zip(kept[2][:4], mtt.exact_gradient(*given, keep=3)[:4], strict=True))
+    assert len({float(gradient.loss) for gradient in kept}) == 3
+    assert Config(precision="mixed", keep=3).keep == 3
+
+
 @pytest.mark.slow
 def test_low_precision_keeps_the_direction_on_real_images():
     """CIFAR-10, ConvNet-3 of width 32, a real piece of trajectory: the cosine of the image gradients is above 0.99."""
@@ -709,7 +719,6 @@ def test_published_settings_are_whole():
         ({"start": 0, "expansion_end": 10}, "min_start < start <= max_start"),
         ({"start": 30, "expansion_end": 10}, "start=30"),
         ({"labels": "soft", "init": "noise"}, "init='noise'"),
-        ({"keep": 2, "precision": "mixed"}, "keep=2"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):
