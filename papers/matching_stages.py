@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -180,8 +182,10 @@ def setting_of(lab: Lab, setup: MatchingSetup) -> matching.Setting:
 
 
 def _config(lab: Lab, setup: MatchingSetup, algorithm: str):
-    fast = lab.precision == "bf16"
-    return ALGORITHMS[algorithm].Config(**{"precision": "mixed" if fast else "fp32", **setup.distill})
+    chosen = {"precision": "mixed" if lab.precision == "bf16" else "fp32", **setup.distill}
+    if lab.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        chosen["compile"] = False  # nothing there to compile with
+    return ALGORITHMS[algorithm].Config(**chosen)
 
 
 def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
