@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import networks
@@ -73,13 +72,11 @@ class Setting:
         strategy = STRATEGY.replace("_flip", "") if self.train.name in NO_FLIP else STRATEGY
         return DiffAugment(strategy)
 
-    @functools.cached_property
+    @property
     def flops(self) -> float:
         """Floating-point operations of one image's forward pass."""
-        net = self.make_network(rng(0)).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(torch.zeros(1, self.train.images.shape[1], self.size, self.size))
-        return float(counter.get_total_flops())
+        channels = self.train.images.shape[1]
+        return networks.forward_flops(self.network, self.size, classes=len(self.train.classes), channels=channels)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> network input: normalised, or whitened."""

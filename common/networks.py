@@ -151,9 +151,9 @@ def count_parameters(net: nn.Module) -> int:
 
 
 @functools.cache
-def forward_flops(network: str, size: int) -> float:
+def forward_flops(network: str, size: int, *, classes: int = 10, channels: int = 3) -> float:
     """Floating-point operations of one image's forward pass (two per multiply-add), counted on a real network."""
-    net = make(network, classes=10, size=size, generator=torch.Generator()).eval()
+    net = make(network, classes=classes, size=size, generator=torch.Generator(), channels=channels).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, size, size))
+        net(torch.zeros(1, channels, size, size, device="meta"))
     return float(counter.get_total_flops())

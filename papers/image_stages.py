@@ -319,14 +319,19 @@ def _sizes(train: Dataset | Stream) -> Tensor | None:
 
 @functools.cache
 def _untrained(network: str, classes: int, size: int) -> torch.nn.Module:
-    return networks.make(network, classes=classes, size=size, generator=rng(0))
+    """Without numbers, on the meta device: a plan tries hundreds of cells, and a pass takes no arithmetic there."""
+    return networks.make(network, classes=classes, size=size, generator=rng(0)).to("meta")
 
 
 def _check(method, config, setup: Setup, train: Dataset | Stream) -> None:
     """ValueError for a cell that cannot work, when it is planned: no teacher has to be trained first."""
+    _tried(method, config, setup.network, setup.size, train)
+
+
+@functools.cache  # cells share their images
+def _tried(method, config, network: str, size: int, train: Dataset | Stream) -> None:
     side = None if isinstance(train, Stream) else train.short_side
-    net = _untrained(setup.network, len(train.classes), setup.size)
-    method.check(config, net, train.labels, size=setup.size, side=side)
+    method.check(config, _untrained(network, len(train.classes), size), train.labels, size=size, side=side)
 
 
 def real_views(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:

@@ -83,7 +83,11 @@ def networks_of(lab: Lab, setup: MatchingSetup, trained: Stage) -> list[nn.Modul
 def test_sample(lab: Lab, setup: MatchingSetup) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels, labels and places of the test images that are measured on: all, or a fixed random sample."""
     on = matching_stages.setting_of(lab, setup)
-    count = min(setup.measure.get("images") or len(on.test), len(on.test))
+    return _sample(on, min(setup.measure.get("images") or len(on.test), len(on.test)))
+
+
+@functools.cache
+def _sample(on: matching.Setting, count: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.randperm(len(on.test), generator=rng(0, "test sample"))[:count].sort().values
     return on.test.images[rows].cpu(), on.test.labels[rows].cpu(), rows
 
