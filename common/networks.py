@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +27,13 @@ from common.networks_small import ConvNet, InstanceNorm
 __all__ = ["ConvNet", "InstanceNorm", "count_parameters", "forward_flops", "make", "names"]
 
 
+def _vision(name: str, **options) -> nn.Module:
+    """A network of torchvision, which is loaded here: it takes longer to import than torch."""
+    import torchvision
+
+    return getattr(torchvision.models, name)(**options)
+
+
 def _resnet(depth: int, stem: str, classes: int, size: int, channels: int) -> nn.Module:
     """torchvision ResNet with one of three stems.
 
@@ -35,7 +41,7 @@ def _resnet(depth: int, stem: str, classes: int, size: int, channels: int) -> nn
     padding 3, no pool, the stem of the released WMDD code for Tiny-ImageNet at 224 px.  A replaced stem keeps PyTorch's
     default initialisation, as in the official repositories.
     """
-    net = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
+    net = _vision(f"resnet{depth}", num_classes=classes)
     if stem == "mod":
         net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.Identity()
     elif stem == "wmdd-tiny":
@@ -47,7 +53,7 @@ def _resnet(depth: int, stem: str, classes: int, size: int, channels: int) -> nn
 
 def _torchvision(name: str, classes: int, size: int, channels: int) -> nn.Module:
     _rgb_only(name, channels)
-    return getattr(torchvision.models, name)(num_classes=classes)
+    return _vision(name, num_classes=classes)
 
 
 def _vit(name: str, classes: int, size: int, channels: int, **slim: int) -> nn.Module:
@@ -67,7 +73,7 @@ def _dcbench(depth: int, classes: int, size: int, channels: int) -> nn.Module:
     """
     if size <= 8:  # the last map has one pixel, and its norm would wipe out the image
         raise ValueError(f"size={size} is too small for resnet{depth}-dcbench: 9 is the least")
-    net = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes, norm_layer=InstanceNorm)
+    net = _vision(f"resnet{depth}", num_classes=classes, norm_layer=InstanceNorm)
     if size <= 32:
         net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.Identity()
     elif channels != 3:

@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import f as f_distribution
 
 __all__ = [
     "GRIDS", "LEAST_EPOCHS", "ScalingLaw", "Score", "SharedB", "augmentation_robust_score", "epochs_for",
@@ -174,6 +173,8 @@ def shared_b_test(
     F = ((SSE_shared - SSE_own) / (curves - 1)) / (SSE_own / freedom).  Errors of neighbouring epochs are alike, so p is
     too small for a curve with many epochs.
     """
+    from scipy.stats import f  # takes a second to import, and every run imports this file
+
     if len(curves) < 2:
         raise ValueError(f"{len(curves)} curves cannot share b; the least is 2")
     b, tau = _grid(grid)
@@ -187,7 +188,7 @@ def shared_b_test(
     gain, noise = (together.min() - own) / freedom[0], own / freedom[1]
     statistic = float(gain / noise) if noise else (math.inf if gain else 0.0)
     return SharedB(
-        statistic, float(f_distribution.sf(statistic, *freedom)), float(b[together.argmin()]),
+        statistic, float(f.sf(statistic, *freedom)), float(b[together.argmin()]),
         tuple(float(b[p.argmin()]) for p in profiles), freedom,
     )  # fmt: skip
 

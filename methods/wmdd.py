@@ -19,6 +19,7 @@ Needs torch and POT; copy this file alone.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,6 @@ from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
-import ot
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ __all__ = [
     "PUBLISHED", "Config", "RecoverState", "Statistics", "barycenter", "check", "distill", "layer_of", "recover",
     "statistics",
 ]  # fmt: skip
+
+if importlib.util.find_spec("ot") is None:  # loaded where it is used: it takes longer to import than torch
+    raise ImportError("wmdd.py computes barycenters with POT: python -m pip install POT")
 
 
 def _option(default, help: str, **facts):
@@ -275,6 +278,8 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def transport_cost(atoms: Tensor, weights: Tensor, points: Tensor) -> float:
     """f(X, w) of Eq. 6 for p = 2: the exact squared Wasserstein distance between atoms and the uniform points."""
+    import ot
+
     return float(ot.emd2(_mass(weights), _mass(None, len(points)), squared_distances(atoms, points).double().numpy()))
 
 
@@ -288,6 +293,8 @@ def uniform_barycenter(points: Tensor, atoms: Tensor, iterations: int = 100, wei
 
     points [n, D], atoms [m, D] -> atoms [m, D].  Each atom moves to the mean of the mass that the exact plan sends it.
     """
+    import ot
+
     share, mass = _mass(weights, len(atoms)), _mass(None, len(points))
     for _ in range(iterations):
         plan = ot.emd(share, mass, squared_distances(atoms, points).numpy())  # [m, n]
@@ -304,6 +311,8 @@ def subgradient_barycenter(points: Tensor, atoms: Tensor, iterations: int = 10) 
     Step sizes are its own: exp(-10 dual) on costs scaled to 1, and 0.2 of the way to the new positions.  Unstable: the
     dual is not unique, a change of 1e-9 in the features moves the weights by 0.1.
     """
+    import ot
+
     mass, m = _mass(None, len(points)), len(atoms)
     weights = np.full(m, 1 / m)
     for _ in range(iterations):
