@@ -124,7 +124,7 @@ run_paper() {
 case ${1-} in
     help | --help | -h) usage ;;
     '') usage >&2; exit 2 ;;
-    tests) prepare; exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile "${@:2}" ;;
+    tests) prepare; exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "${@:2}" ;;
     python) # also `python -m common.datasets` from another folder
         prepare
         cd "$called_from"

@@ -3,9 +3,16 @@ for each other, and with another number of threads the last bit of a sum can dif
 """
 
 import os
+from collections import Counter
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; started programs inherit it
 
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Files with the most slow tests first: one of them begun last would keep one process busy and the others idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: within a file the order stays
