@@ -97,6 +97,7 @@ class Setting:
         return inputs * std + mean
 
     @functools.cached_property
+    @torch.inference_mode(False)  # first asked for by a test of a student, they are differentiated through later
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """Mean and std, each [C, 1, 1], on the device: copied there once, since every copy makes a GPU wait."""
         mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.train.mean, self.train.std))

@@ -107,6 +107,16 @@ def test_pixels_and_network_input_are_inverse():
         assert (made.whitening is not None) == zca
 
 
+def test_pixels_can_be_attacked_after_a_student_was_tested():
+    """What is kept from the first look, in inference mode, serves a gradient later."""
+    on = matching.setting("digits", None, device=CPU, size=8, network="mlp")
+    pixels = on.test.images[:2].float() / 255
+    with torch.inference_mode():
+        on.prepare(on.test.images[:2])
+    on.inputs(pixels.requires_grad_()).square().sum().backward()
+    assert pixels.grad.abs().sum() > 0
+
+
 def test_the_preview_has_a_row_a_class_whatever_its_size():
     on = matching.setting("digits", None, device=CPU, size=8, network="mlp")
     labels = torch.cat([torch.full((2 if k == 1 else 3,), k) for k in range(10)])
