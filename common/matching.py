@@ -50,6 +50,7 @@ class Setting:
     store: Store | None = None
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def zca(self) -> ZCA | None:
         """The whitening, fitted on the training images at first use and kept in the store."""
         if not self.whitened:

@@ -107,9 +107,10 @@ def test_pixels_and_network_input_are_inverse():
         assert (made.whitening is not None) == zca
 
 
-def test_pixels_can_be_attacked_after_a_student_was_tested():
+@pytest.mark.parametrize("zca", [False, True])
+def test_pixels_can_be_attacked_after_a_student_was_tested(zca):
     """What is kept from the first look, in inference mode, serves a gradient later."""
-    on = matching.setting("digits", None, device=CPU, size=8, network="mlp")
+    on = matching.setting("digits", None, device=CPU, size=8, network="mlp", zca=zca)
     pixels = on.test.images[:2].float() / 255
     with torch.inference_mode():
         on.prepare(on.test.images[:2])
