@@ -16,7 +16,7 @@ from common.distilled import DistilledSet
 from common.hardware import precision_name, recorded, resolve_precision
 from common.protocols import PROTOCOLS
 from common.script import Common, Matching, arg, keep, parse, train_and_test
-from common.selection import augment_of, scored, trial
+from common.selection import Scored, augment_of, scored, trial
 from common.store import Checkpoint, Entry, Product, Store
 from common.train import accuracy, fit
 
@@ -51,7 +51,8 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
     if config.method != "random":
 
         def score(work: Path) -> Product:
-            return Product(scored(work, on, method, config, augment, args.seed, config.trained).tensors(), {})
+            bank = scored(work, Scored.of(on), method, config, augment, args.seed, config.trained)
+            return Product(bank.tensors(), {})
 
         settings = {**facts, "augment": kind, "run": {f: getattr(config, f) for f in method.RUN_FIELDS}}
         entry = store.make("bank", settings, inputs, recorded(score, device))

@@ -1,14 +1,16 @@
-"""Scoring runs of the coreset methods on a `Setting`, for their scripts and for the papers."""
+"""Scoring runs of the coreset methods, for their scripts and for the papers."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import matching
@@ -17,7 +19,22 @@ from common.protocols import Protocol
 from common.store import Checkpoint
 from common.students import train_students
 
-__all__ = ["augment_of", "scored", "trial"]
+__all__ = ["Scored", "augment_of", "scored", "trial"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a scoring run sees: all training images, or a function that reads them, and whom it trains on them."""
+
+    images: Tensor | Callable
+    labels: Tensor
+    make_network: Callable[[torch.Generator], nn.Module]
+    prepare: Callable[[Tensor], Tensor]
+    device: torch.device
+
+    @classmethod
+    def of(cls, on: matching.Setting) -> Scored:
+        return cls(on.train.images, on.train.labels, on.make_network, on.prepare, on.device)
 
 
 def augment_of(kind: str, on: matching.Setting, method: ModuleType) -> Any:
@@ -34,8 +51,11 @@ def augment_of(kind: str, on: matching.Setting, method: ModuleType) -> Any:
     raise ValueError(f"augment={kind!r} is unknown; allowed: none, dsa, crop, crop-flip, rrc-flip")
 
 
-def scored(work: Path, on: matching.Setting, method: ModuleType, config, augment: Any, seed: int, total: int):
-    """What the scoring run of a method leaves, resumable in the folder `work`; total: its steps as it counts them."""
+def scored(work: Path, on: Scored, method: ModuleType, config, augment: Any, seed: int, total: int, **more):
+    """What the scoring run of a method leaves, resumable in the folder `work`; total: its steps as it counts them.
+
+    more: further arguments of the method's `score`.
+    """
     checkpoint = Checkpoint(work / "state.safetensors")
     saved = checkpoint.load()
     state = method.State.restore(saved[0]) if saved else None
@@ -47,8 +67,8 @@ def scored(work: Path, on: matching.Setting, method: ModuleType, config, augment
                 checkpoint.save(state.tensors(), {})
 
         return method.score(
-            on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare, augment=augment,
-            generator=rng(seed, "scoring run"), device=on.device, state=state, on_step=on_step,
+            on.images, on.labels, config, make_network=on.make_network, prepare=on.prepare, augment=augment,
+            generator=rng(seed, "scoring run"), device=on.device, state=state, on_step=on_step, **more,
         )  # fmt: skip
 
 

@@ -227,15 +227,14 @@ class State:
 
 
 class _Network:
-    """A network on its device, as a function of rows of the images, and how it is moved down its loss."""
+    """A network on its device, and how it is moved down its loss."""
 
-    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, config: Config, prepare, device: torch.device):
+    def __init__(self, net: nn.Module, labels: Tensor, config: Config, prepare, device: torch.device):
         # Convolutions are faster in channels_last, but the library's GroupNorm is not.
         slow = any(type(m) is nn.GroupNorm for m in net.modules())
         self.layout = torch.contiguous_format if slow else torch.channels_last
         self.net = net.to(device, memory_format=self.layout)
-        self.images, self.labels, self.prepare = images, labels.to(device), prepare
-        self.config, self.device = config, device
+        self.labels, self.prepare, self.config, self.device = labels.to(device), prepare, config, device
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
             nesterov=config.nesterov, fused=True,
@@ -250,35 +249,57 @@ class _Network:
             self.optimizer.state[p]["momentum_buffer"] = state.velocity[name] = velocity
         state.weights = self.net.state_dict()
 
-    def logits(self, rows: Tensor, see: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """Rows int64 [B] -> [B, K], float32 at least."""
-        x = self.images[rows.to(self.images.device)].to(self.device)
+    def logits(self, x: Tensor, see: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """Images [B, C, H, W] as they are read -> [B, K], float32 at least."""
         x = see(x if self.prepare is None else self.prepare(x)).contiguous(memory_format=self.layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             out = self.net(x)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def learn(self, rows: Tensor, see: Callable[[Tensor], Tensor], lr: float, generator: torch.Generator) -> Tensor:
+    def learn(
+        self, x: Tensor, rows: Tensor, see: Callable[[Tensor], Tensor], lr: float, generator: torch.Generator
+    ) -> Tensor:
         """One step on the images of these rows; their mean loss before it."""
         self.optimizer.param_groups[0]["lr"] = lr
         self.net.train()
         with seeded(self.device, generator):
-            loss = F.cross_entropy(self.logits(rows, see), self.labels[rows.to(self.device)])
+            loss = F.cross_entropy(self.logits(x, see), self.labels[rows.to(self.device)])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
     @torch.no_grad()
-    def scores(self) -> tuple[Tensor, Tensor]:
-        """p_y and |p - y| of every image as it is, in eval mode: two of float32 [N], on the CPU."""
+    def scores(self, pieces: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """p_y and |p - y| of every image as it is, in eval mode: two of float32 [N], on the CPU; 0 of one not read."""
         self.net.eval()
-        p_true, el2n = [], []
-        for rows in torch.arange(len(self.labels)).split(self.config.batch):
-            p, y = self.logits(rows).softmax(1), self.labels[rows.to(self.device), None]
+        chosen, p_true, el2n = [], [], []
+        for x, rows in pieces:
+            p, y = self.logits(x).softmax(1), self.labels[rows.to(self.device), None]
+            chosen.append(rows)
             p_true.append(p.gather(1, y)[:, 0])
             el2n.append(p.scatter_add(1, y, -torch.ones_like(p)).norm(dim=1))
-        return torch.cat(p_true).float().cpu(), torch.cat(el2n).float().cpu()
+        found = torch.zeros(2, len(self.labels))
+        found[:, torch.cat(chosen)] = torch.stack([torch.cat(p_true), torch.cat(el2n)]).float().cpu()
+        return found[0], found[1]
+
+
+# --- begin shared block: reader (a test keeps its copies equal) ---
+def reader(images: Tensor | Callable, device: torch.device) -> Callable:
+    """read(rows, batch, epoch): the images of these rows on the device, a batch at a time, with the rows they are of.
+
+    Images that do not fit into memory come from a function of the same arguments instead: it yields pixels and rows
+    int64 [B], in epoch None as they are, else the augmented views of that epoch, and may leave out what is unreadable.
+    """
+
+    def held(rows: Tensor, batch: int, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images[part.to(images.device)], part) for part in rows.split(batch))
+
+    source = images if callable(images) else held
+    return lambda rows, batch, epoch: ((x.to(device), part) for x, part in source(rows, batch, epoch))
+
+
+# --- end shared block ---
 
 
 # --- begin shared block: seeded (a test keeps its copies equal) ---
@@ -298,7 +319,7 @@ def seeded(device: torch.device, generator: torch.Generator) -> Iterator[None]:
 
 
 def score(
-    images: Tensor,
+    images: Tensor | Callable,
     labels: Tensor,
     config: Config,
     *,
@@ -314,16 +335,18 @@ def score(
 
     make_network(generator): a fresh network on the CPU.  prepare: images, moved to the device -> network input; None:
     they are floats already.  augment: `draw(rows, generator, siamese=False)` and `augment(images, draw)`, or None.
+    Where they do not fit into memory, `images` is a function that reads them (see `reader`), and augments them itself.
     `state` continues an earlier run, `on_step` sees the state after each step.  Raises FloatingPointError when the
     weights are not finite (looked at every 50 steps and at each snapshot).
     """
-    if prepare is None and not images.is_floating_point():
+    if prepare is None and not callable(images) and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; pass network input as floats, or prepare= that makes it")
     count, labels = len(labels), labels.cpu()
     classes, per_epoch = int(labels.max()) + 1, math.ceil(count / config.batch)
     looks, _, _, total = schedule(config, classes, count)
     drop, whole = drop_step(config, classes, count), whole_steps(config, classes, count)
-    run = _Network(make_network(generator), images, labels, config, prepare, torch.device(device))
+    run = _Network(make_network(generator), labels, config, prepare, torch.device(device))
+    read = reader(images, run.device)
     if state is None:
         weights, still = run.net.state_dict(), {n: torch.zeros_like(p) for n, p in run.net.named_parameters()}
         empty = torch.zeros(2, len(looks), count)
@@ -332,24 +355,26 @@ def score(
     generator.set_state(state.generator)
 
     while state.step < total:
-        batch = state.step % per_epoch
-        if batch == 0:
+        epoch, done = divmod(state.step, per_epoch)
+        if done == 0:
             state.order = torch.randperm(count, generator=generator)
-        if state.step == drop and config.schedule == "step":  # students get a new optimiser here, without velocity
-            for velocity in state.velocity.values():
-                velocity.zero_()
-        rows = state.order[batch * config.batch : (batch + 1) * config.batch]
-        draw = None if augment is None else augment.draw(len(rows), generator, siamese=False)
-        see = lambda x, draw=draw: x if draw is None else augment(x, draw)  # noqa: E731
-        state.loss = run.learn(rows, see, learning_rate(config, state.step, whole, drop), generator)
-        state.step, state.generator = state.step + 1, generator.get_state()
-        if state.step % 50 == 0 or state.step in looks:
-            state.check()
-        if state.step in looks:
-            number = looks.index(state.step)
-            state.p_true[number], state.el2n[number] = run.scores()
-        if on_step:
-            on_step(state)
+        left = state.order[done * config.batch : (done + total - state.step) * config.batch]
+        for x, rows in read(left, config.batch, epoch):
+            if state.step == drop and config.schedule == "step":  # students get a new optimiser here, without velocity
+                for velocity in state.velocity.values():
+                    velocity.zero_()
+            draw = None if augment is None else augment.draw(len(rows), generator, siamese=False)
+            see = lambda x, draw=draw: x if draw is None else augment(x, draw)  # noqa: E731
+            state.loss = run.learn(x, rows, see, learning_rate(config, state.step, whole, drop), generator)
+            state.step, state.generator = state.step + 1, generator.get_state()
+            if state.step % 50 == 0 or state.step in looks:
+                state.check()
+            if state.step in looks:
+                number = looks.index(state.step)
+                scores = run.scores(read(torch.arange(count), config.batch, None))
+                state.p_true[number], state.el2n[number] = scores
+            if on_step:
+                on_step(state)
     return {"p_true": state.p_true, "el2n": state.el2n}
 
 
@@ -545,7 +570,7 @@ def resolved(config: Config, size: int) -> Config:
 
 def synthesise(
     teacher: nn.Module,
-    images: Tensor,
+    images: Tensor | Callable[[Tensor], tuple[Tensor, Tensor]],
     labels: Tensor,
     scores: Tensor,
     config: Config,
@@ -559,20 +584,25 @@ def synthesise(
     """Images made of the best crops of the highest-scored images of each class.
 
     images uint8 [N, C, H, W], labels int64 [N], scores [N]; size: side of what is made, H by default; sizes: int64
-    [N, 2], height and width where the images lie on a canvas.  Returns images float32 [K*I, C, size, size] in [0, 1],
-    truncated to 8 bits, and labels int64 [K*I].
+    [N, 2], height and width where the images lie on a canvas.  Where they do not fit into memory, `images` is a
+    function that reads those of some rows, int64 [n] -> (images, sizes), and `size` is given.  Returns images float32
+    [K*I, C, size, size] in [0, 1], truncated to 8 bits, and labels int64 [K*I].
     """
-    size, labels = size or images.shape[2], labels.cpu()
+    labels = labels.cpu()
+    if callable(images):
+        read, dtype = images, torch.uint8
+    else:
+        size, dtype = size or images.shape[2], images.dtype
+        sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes.cpu()
+        read = lambda rows: (images[rows.to(images.device)], sizes[rows])  # noqa: E731
     config, classes = resolved(config, size), int(labels.max()) + 1
-    _check_crops(config, teacher, images, labels, size)
-    sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes.cpu()
+    _check_crops(config, teacher, dtype, labels, size)
     made = []
     for k in range(classes):
         rows = ranked(scores, labels, k)[: config.pool]
         patches, _ = best_crops(
-            teacher, images[rows.to(images.device)], sizes[rows], k, config, size=size, mean=mean, std=std,
-            generator=generator,
-        )  # fmt: skip
+            teacher, *read(rows), k, config, size=size, mean=mean, std=std, generator=generator
+        )
         # 1e-3: weights that add up to a little less than 1 must not cost an even area a level.
         made.append((stitch(patches, config.factor, size) + 1e-3).to(torch.uint8))
     return torch.cat(made) / 255, torch.arange(classes).repeat_interleave(config.ipc)
@@ -581,9 +611,12 @@ def synthesise(
 # ---------------------------------------------------------------- both
 
 
-def check(config: Config, images: Tensor, labels: Tensor, teacher: nn.Module | None = None) -> None:
-    """ValueError that names what cannot work, before any work.  The teacher need not be trained yet."""
-    if len(images) != len(labels) or not len(images):
+def check(
+    config: Config, images: Tensor | Callable, labels: Tensor, teacher: nn.Module | None = None, *, size: int = 0
+) -> None:
+    """ValueError that names what cannot work, before any work.  The teacher need not be trained yet; size: of the
+    views, where a function reads the images."""
+    if not callable(images) and (len(images) != len(labels) or not len(images)):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; needs as many of both, and at least one")
     counts = labels.cpu().bincount()
     whole_steps(config, len(counts), len(labels))
@@ -592,10 +625,11 @@ def check(config: Config, images: Tensor, labels: Tensor, teacher: nn.Module | N
     elif teacher is None:
         raise ValueError("method=ca2d scores crops with a trained teacher; pass teacher=, or method=cad")
     else:
-        _check_crops(resolved(config, images.shape[2]), teacher, images, labels, images.shape[2])
+        size, dtype = (size, torch.uint8) if callable(images) else (images.shape[2], images.dtype)
+        _check_crops(resolved(config, size), teacher, dtype, labels, size)
 
 
-def _check_crops(config: Config, teacher: nn.Module, images: Tensor, labels: Tensor, size: int) -> None:
+def _check_crops(config: Config, teacher: nn.Module, dtype: torch.dtype, labels: Tensor, size: int) -> None:
     """ValueError for what crops cannot be made of; the config is a resolved one."""
     counts = labels.cpu().bincount()
     few, needed = int(counts.min()), config.ipc * config.factor**2
@@ -604,8 +638,8 @@ def _check_crops(config: Config, teacher: nn.Module, images: Tensor, labels: Ten
             f"ipc={config.ipc} with factor={config.factor} takes {needed} crops of each class, one an image; class "
             f"{int(counts.argmin())} has {few} images; pass a smaller ipc or factor"
         )
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images are {images.dtype}; crops are cut from pixels, pass them as torch.uint8")
+    if dtype != torch.uint8:
+        raise ValueError(f"images are {dtype}; crops are cut from pixels, pass them as torch.uint8")
     if size < config.factor:
         raise ValueError(f"factor={config.factor} tiles do not fit a side of {size} px; pass a smaller factor")
     linear = [m for m in teacher.modules() if isinstance(m, nn.Linear)]

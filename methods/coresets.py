@@ -276,7 +276,7 @@ def learning_rate(config: Config, epoch: float) -> float:
 
 
 def score(
-    images: Tensor,
+    images: Tensor | Callable,
     labels: Tensor,
     config: Config,
     *,
@@ -287,15 +287,19 @@ def score(
     device: torch.device | str = "cpu",
     state: State | None = None,
     on_step: Callable[[State], None] | None = None,
+    final: bool = True,
 ) -> Bank:
     """Train a network on images [N, C, H, W], labels int64 [N], and look at the clean images after each epoch.
 
     make_network(generator): a fresh network on the CPU whose last nn.Linear gives the logits.  prepare: images, moved
     to the device -> network input; None: they are floats already.  augment: `draw(rows, generator, siamese=False)` and
     `augment(images, draw)`, or None.  `state` continues an earlier run, `on_step` sees the state after each epoch.
-    Raises FloatingPointError for an epoch whose loss is not finite.
+    Where they do not fit into memory, `images` is a function that reads them (see `reader`), and augments them itself;
+    final=False keeps no features and errors of the last epoch, the largest arrays of a bank.  Raises
+    FloatingPointError for an epoch whose loss is not finite.
     """
-    _checked(images, labels, prepare)
+    if not callable(images):
+        _checked(images, labels, prepare)
     device, labels = torch.device(device), labels.cpu()
     net = make_network(generator)
     if not any(isinstance(m, nn.Linear) for m in net.modules()):
@@ -311,13 +315,14 @@ def score(
         run.load(state)
         generator.set_state(state.generator)
 
-    def load(rows: Tensor) -> Tensor:
-        chosen = images[rows.to(images.device)].to(device)
-        return chosen if prepare is None else prepare(chosen)
+    source = reader(images, device)
+
+    def read(rows: Tensor, batch: int, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x if prepare is None else prepare(x), part) for x, part in source(rows, batch, epoch))
 
     while state.step < epochs:
-        state.loss = run.train(load, labels, state, augment, generator)
-        run.look(load, labels, state.bank, state.step, epochs)
+        state.loss = run.train(read, labels, state, augment, generator)
+        run.look(read, labels, state.bank, state.step, final)
         state.weights, state.momentum = run.net.state_dict(), run.momentum()
         state.generator, state.step = generator.get_state(), state.step + 1
         if state.step == epochs:
@@ -325,6 +330,24 @@ def score(
         if on_step:
             on_step(state)
     return state.bank
+
+
+# --- begin shared block: reader (a test keeps its copies equal) ---
+def reader(images: Tensor | Callable, device: torch.device) -> Callable:
+    """read(rows, batch, epoch): the images of these rows on the device, a batch at a time, with the rows they are of.
+
+    Images that do not fit into memory come from a function of the same arguments instead: it yields pixels and rows
+    int64 [B], in epoch None as they are, else the augmented views of that epoch, and may leave out what is unreadable.
+    """
+
+    def held(rows: Tensor, batch: int, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images[part.to(images.device)], part) for part in rows.split(batch))
+
+    source = images if callable(images) else held
+    return lambda rows, batch, epoch: ((x.to(device), part) for x, part in source(rows, batch, epoch))
+
+
+# --- end shared block ---
 
 
 # --- begin shared block: seeded (a test keeps its copies equal) ---
@@ -371,16 +394,16 @@ class _Run:
             out = self.net(x.contiguous(memory_format=self.layout))
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def train(self, load, labels: Tensor, state: State, augment: Any, generator: torch.Generator) -> float:
+    def train(self, read, labels: Tensor, state: State, augment: Any, generator: torch.Generator) -> float:
         """One epoch; fills `right` and `p_true_train`, returns the mean loss."""
         self.net.train()
-        order = torch.randperm(len(labels), generator=generator)
-        batches, total, seen = order.split(self.config.batch), 0, []
+        order, batch = torch.randperm(len(labels), generator=generator), self.config.batch
+        steps, total, seen, chosen = math.ceil(len(order) / batch), 0, [], []
         with seeded(self.device, generator):
-            for step, rows in enumerate(batches):
+            for step, (x, rows) in enumerate(read(order, batch, state.step)):
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.config, state.step + step / len(batches))
-                x, y = load(rows), labels[rows].to(self.device)
+                    group["lr"] = learning_rate(self.config, state.step + step / steps)
+                y = labels[rows].to(self.device)
                 if augment is not None:
                     x = augment(x, augment.draw(len(rows), generator, siamese=False))
                 logits = self.logits(x)
@@ -391,32 +414,38 @@ class _Run:
                 total = total + loss.detach() * len(rows)
                 p = logits.detach().softmax(1)
                 seen.append(torch.stack([p.gather(1, y[:, None])[:, 0], (p.argmax(1) == y).to(p)]))
-        mean = float(total) / len(labels)
+                chosen.append(rows)
+        rows = torch.cat(chosen)
+        mean = float(total) / len(rows)
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the loss of the scoring run is {mean} in epoch {state.step + 1} (lr {self.config.lr:g}); the last "
                 "good state is kept; try a smaller lr or precision=fp32"
             )
-        p_true, right = torch.cat(seen, 1).cpu()[:, order.argsort()]  # back in the order of the images
-        _row(state.bank, "p_true_train", state.step, self.config.trained, p_true.float())
+        p_true, right = torch.zeros(2, len(labels)).index_copy(1, rows, torch.cat(seen, 1).float().cpu())
+        _row(state.bank, "p_true_train", state.step, self.config.trained, p_true)
         state.right[state.step] = right.bool()
         return mean
 
     @torch.no_grad()
-    def look(self, load, labels: Tensor, bank: Bank, epoch: int, epochs: int) -> None:
-        """The clean images in eval mode, into row `epoch` of the bank; h and e after the last epoch."""
+    def look(self, read, labels: Tensor, bank: Bank, epoch: int, final: bool) -> None:
+        """The clean images in eval mode, into row `epoch` of the bank; with `final` h and e after the last epoch."""
         self.net.eval()
-        last, entering, found = epoch + 1 == epochs, [], []
+        epochs, entering, chosen, found = self.config.trained, [], [], []
         hook = self.classifier.register_forward_pre_hook(lambda _, given: entering.append(given[0].flatten(1)))
         try:
-            for rows in torch.arange(len(labels)).split(512):
+            for x, rows in read(torch.arange(len(labels)), 512, None):
                 entering.clear()
-                logits, y = self.logits(load(rows)), labels[rows].to(self.device)
-                found.append({k: v.cpu() for k, v in looked(logits, y, entering[-1].to(logits), last).items()})
+                logits, y = self.logits(x), labels[rows].to(self.device)
+                seen = looked(logits, y, entering[-1].to(logits), final and epoch + 1 == epochs)
+                found.append({k: v.cpu() for k, v in seen.items()})
+                chosen.append(rows)
         finally:
             hook.remove()
+        rows = torch.cat(chosen)
         for name in found[0]:
             values = torch.cat([part[name] for part in found])
+            values = values.new_zeros(len(labels), *values.shape[1:]).index_copy_(0, rows, values)  # 0: not read
             if name.endswith("_final"):
                 setattr(bank, name, values)
             else:

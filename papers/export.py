@@ -85,8 +85,10 @@ def as_set(lab: Lab, found: Found, entry: Entry, **facts) -> DistilledSet:
     if isinstance(setup, MatchingSetup):  # kept as network input
         return matching_stages.setting_of(lab, setup).distilled(tensors, settings)
     classes, mean, std = (tuple(meta[name]) for name in ("classes", "mean", "std"))
+    images = tensors["images"]
+    images = images if images.is_floating_point() else images / 255  # real ones are kept as they are
     return DistilledSet(
-        tensors["images"], tensors["labels"], classes, mean, std, weights=tensors.get("weights"), settings=settings
+        images, tensors["labels"], classes, mean, std, weights=tensors.get("weights"), settings=settings
     )
 
 

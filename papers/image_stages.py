@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from papers.setups import Setup
     from papers.stages import Lab, Stage
 
-__all__ = ["IMAGES", "random", "real_views", "statistics", "wmdd_images"]
+__all__ = [
+    "IMAGES", "as_bytes", "checked", "distilled_set", "random", "readable", "real_views", "statistics", "untrained",
+    "wmdd_images",
+]  # fmt: skip
 
 PREVIEW_PER_CLASS = 10
 CHECKED = 200  # real training images that a teacher must not be near chance on
@@ -46,7 +49,7 @@ def random(lab: Lab, setup: Setup, seed: int) -> Stage:
         chosen = torch.cat([r[torch.randperm(len(r), generator=g)[:ipc]] for r in rows])
         pixels = real_views(train, chosen, setup).cpu().float() / 255
         tensors = {"images": pixels, "labels": train.labels.cpu()[chosen]}
-        return _set(tensors, {"method": "random"}, train)
+        return distilled_set(tensors, {"method": "random"}, train)
 
     settings = {"method": "random", "ipc": ipc, "size": setup.size, "shorter": setup.shorter, "seed": seed}
     what = f"random real images, {setup.run_on}, IPC {ipc}, seed {seed}"
@@ -61,12 +64,12 @@ def statistics(lab: Lab, setup: Setup, layer: int) -> Stage:
 
     def build(work: Path) -> Product:
         batches = functools.partial(lab.class_batches, setup)
-        stats = wmdd.statistics(_checked(lab, setup, teacher), batches, len(train.classes), layer=layer)
+        stats = wmdd.statistics(checked(lab, setup, teacher), batches, len(train.classes), layer=layer)
         return Product(stats.tensors(), {"layer": layer})
 
     settings = {"layer": layer, "size": setup.size, "shorter": setup.shorter}
     if layer:
-        settings["module"] = _name_in(_untrained(setup.network, len(train.classes), setup.size), layer)
+        settings["module"] = _name_in(untrained(setup.network, len(train.classes), setup.size), layer)
     cost = 4 * len(train) * forward_flops(setup.network, setup.size)  # in fp32
     what = f"features and BatchNorm statistics, {setup.run_on}"
     return lab.stage("statistics", settings, (teacher, train.fingerprint), build, cost, what, teacher)
@@ -131,7 +134,7 @@ def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         labels = torch.arange(len(train.classes)).repeat_interleave(config.ipc)
         atoms, weights = targets()
         tensors = {"images": images, "labels": labels, "weights": weights.flatten(), "atoms": atoms}
-        return _set(tensors, {"method": "wmdd", "losses": losses}, train)
+        return distilled_set(tensors, {"method": "wmdd", "losses": losses}, train)
 
     rest = 0.0 if parts else cost
     return lab.stage("distill", settings, (*inputs, *parts), build, rest, what, teacher, stats, *blocks, *parts)
@@ -194,7 +197,7 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
         state, on_step, losses = _resumed(work, sre2l.RecoverState.restore, config.iterations)
         images = sre2l.recover(
-            _checked(lab, setup, teacher), classes, config, size=setup.size, channels=len(train.mean), mean=train.mean,
+            checked(lab, setup, teacher), classes, config, size=setup.size, channels=len(train.mean), mean=train.mean,
             std=train.std, generator=rng(0, "sre2l"), part=part, state=state, on_step=on_step,
         )  # fmt: skip
         return images, losses
@@ -207,7 +210,7 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     def build(work: Path) -> Product:
         images, losses = recovered(work)
         tensors = {"images": images, "labels": torch.arange(classes).repeat_interleave(config.ipc)}
-        return _set(tensors, {"method": "sre2l", "losses": losses}, train)
+        return distilled_set(tensors, {"method": "sre2l", "losses": losses}, train)
 
     rest = 0.0 if parts else cost
     return lab.stage("distill", settings, (*inputs, *parts), build, rest, what, teacher, *parts)
@@ -287,10 +290,10 @@ def _with_teacher(
     teacher, train = lab.teacher(setup), lab.data(setup.dataset, "train")
 
     def build(work: Path) -> Product:
-        net = _checked(lab, setup, teacher)
+        net = checked(lab, setup, teacher)
         state, on_step, losses = _resumed(work, restore, getattr(config, "iterations", 1))
         tensors = make(net, state=state, on_step=on_step)
-        return _set(tensors, {"method": name, "losses": losses}, train)
+        return distilled_set(tensors, {"method": name, "losses": losses}, train)
 
     settings = {"method": name, "config": asdict(config), "size": setup.size, "seed": 0}
     what = f"{name.upper().replace('_', '-')}, {setup.run_on}, IPC {config.ipc}"
@@ -298,11 +301,11 @@ def _with_teacher(
     return lab.stage("distill", settings, (teacher, train.fingerprint, *needs), build, cost, what, teacher, *needs)
 
 
-def _checked(lab: Lab, setup: Setup, teacher: Stage) -> torch.nn.Module:
+def checked(lab: Lab, setup: Setup, teacher: Stage) -> torch.nn.Module:
     """The trained teacher; ValueError where it is near chance on real training images."""
     net, train = lab.restored(teacher), lab.data(setup.dataset, "train")
     rows = torch.linspace(0, len(train) - 1, min(CHECKED, len(train))).long()
-    pixels, rows = _readable(train, rows, setup)
+    pixels, rows = readable(train, rows, setup)
     views = normalise(pixels.to(lab.device), train.mean, train.std)
     teachers.check(net, views, train.labels.cpu()[rows], train.classes)
     return net
@@ -318,7 +321,7 @@ def _sizes(train: Dataset | Stream) -> Tensor | None:
 
 
 @functools.cache
-def _untrained(network: str, classes: int, size: int) -> torch.nn.Module:
+def untrained(network: str, classes: int, size: int) -> torch.nn.Module:
     """Without numbers, on the meta device: a plan tries hundreds of cells, and a pass takes no arithmetic there."""
     return networks.make(network, classes=classes, size=size, generator=rng(0)).to("meta")
 
@@ -331,12 +334,12 @@ def _check(method, config, setup: Setup, train: Dataset | Stream) -> None:
 @functools.cache  # cells share their images
 def _tried(method, config, network: str, size: int, train: Dataset | Stream) -> None:
     side = None if isinstance(train, Stream) else train.short_side
-    method.check(config, _untrained(network, len(train.classes), size), train.labels, size=size, side=side)
+    method.check(config, untrained(network, len(train.classes), size), train.labels, size=size, side=side)
 
 
 def real_views(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:
     """Centre views uint8 [B, C, size, size] of some training images; ValueError names those that cannot be read."""
-    pixels, found = _readable(train, rows, setup)
+    pixels, found = readable(train, rows, setup)
     if missing := sorted(set(rows.tolist()) - set(found.tolist())):
         names = ", ".join(decoding.name_of(train.item(i), i) for i in missing[:5])
         raise ValueError(
@@ -346,7 +349,7 @@ def real_views(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:
     return pixels
 
 
-def _readable(train: Dataset | Stream, rows: Tensor, setup: Setup) -> tuple[Tensor, Tensor]:
+def readable(train: Dataset | Stream, rows: Tensor, setup: Setup) -> tuple[Tensor, Tensor]:
     """Centre views uint8 [B, C, size, size] of some training images and which ones these are, int64 [B]: a stream
     leaves out what cannot be read."""
     if isinstance(train, Stream):
@@ -372,7 +375,7 @@ def _resumed(work: Path, restore: Callable, iterations: int) -> tuple[object | N
     return restore(saved[0]) if saved else None, on_step, losses
 
 
-def _set(tensors: dict[str, Tensor], meta: dict, train: Dataset | Stream) -> Product:
+def distilled_set(tensors: dict[str, Tensor], meta: dict, train: Dataset | Stream) -> Product:
     ipc = len(tensors["labels"]) // len(train.classes)
     show = torch.cat(
         [torch.arange(k * ipc, k * ipc + min(ipc, PREVIEW_PER_CLASS)) for k in range(min(10, len(train.classes)))]
@@ -381,6 +384,16 @@ def _set(tensors: dict[str, Tensor], meta: dict, train: Dataset | Stream) -> Pro
     meta |= {"classes": list(train.classes), "mean": list(train.mean), "std": list(train.std)}
     meta["bytes"] = tensors["images"].numel()  # stored as uint8
     return Product(tensors, meta, {"preview.png": preview})
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Images on the [0, 1] scale -> uint8 by truncation, as the released code stores them; uint8 ones as they are.
+
+    A thousand at a time: a hundred images of each class of ImageNet-1K are 60 GB of floats.
+    """
+    if images.dtype == torch.uint8:
+        return images
+    return torch.cat([(part.clamp(0, 1) * 255).to(torch.uint8) for part in images.split(1000)])
 
 
 def check_ipc(data: Dataset | Stream, ipc: int) -> None:

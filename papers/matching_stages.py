@@ -126,7 +126,7 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     """The settings of `cell`: the published ones, then the scale's, then its own.  None: not in this scale."""
     data = scale["data"].get(cell.dataset)
     if data is None or data.get("streamed") or cell.ipc in data.get("leave_out", ()):
-        return None  # a stream: images are matched and chosen in memory
+        return None  # a stream: images are matched in memory
     by_ipc, by_method = data.get("by_ipc", {}).get(cell.ipc, {}), scale.get("methods", {}).get(cell.algorithm, {})
     layers = [scale, data, by_ipc, by_method, by_method.get("by_ipc", {}).get(cell.ipc, {})]
     distill = merged(_published(cell, data["dataset"]), *(x.get("distill") for x in layers), cell.distill)
@@ -163,7 +163,7 @@ def _published(cell: Cell, dataset: str) -> dict:
     if method is None:
         return {}
     if method is coresets:
-        return coresets.published(dataset, cell.distill["method"])
+        return coresets.published(dataset, cell.distill["method"], "convnet")
     if method is mtt:
         row = mtt.TABLES[cell.algorithm].get((dataset, cell.ipc))
         return merged({"zca": mtt.Config.zca}, mtt.METHODS[cell.algorithm], row)

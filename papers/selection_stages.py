@@ -6,13 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from common import matching
 from common.augment import rng
 from common.protocols import PROTOCOLS
-from common.selection import augment_of, scored, trial
+from common.selection import Scored, augment_of, scored, trial
 from common.store import Product
 from methods import cad, coresets
 from papers import image_stages
@@ -79,7 +78,7 @@ def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets
     kind = setup.distill.get("augment", "none")
 
     def build(work: Path) -> Product:
-        bank = scored(work, on, coresets, config, augment_of(kind, on, coresets), 0, config.trained)
+        bank = scored(work, Scored.of(on), coresets, config, augment_of(kind, on, coresets), 0, config.trained)
         return Product(bank.tensors(), {})
 
     run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
@@ -128,7 +127,7 @@ def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: ca
     kind = cad.augmentation(setup.dataset)
 
     def build(work: Path) -> Product:
-        return Product(scored(work, on, cad, config, augment_of(kind, on, cad), 0, steps), {})
+        return Product(scored(work, Scored.of(on), cad, config, augment_of(kind, on, cad), 0, steps), {})
 
     run = {name: value for name, value in _named(config).items() if name not in SELECTS}
     run |= {} if kind == "dsa" else {"augment": kind}  # named only where it is another one, as full_epochs is
@@ -154,7 +153,7 @@ def _borrowed(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -
 
     def build(work: Path) -> Product:
         tensors = lab.entry(made).tensors()
-        pixels = (tensors["images"].clamp(0, 1) * 255).to(torch.uint8)  # as its own students see it
+        pixels = image_stages.as_bytes(tensors["images"])  # as its own students see it
         return _set(on, {"images": on.prepare(pixels), "labels": tensors["labels"]})
 
     return lab.stage("distill", {**matching.facts(on, 0), "borrowed": True}, (made,), build, 0.0, made.what, made)

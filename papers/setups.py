@@ -15,7 +15,7 @@ from common import teachers
 from common.datasets import info
 from common.protocols import large_scale
 from common.views import Recipe
-from methods import nrr_dd, rded, sre2l
+from methods import cad, coresets, nrr_dd, rded, sre2l
 from papers import matching_stages
 from papers.matching_stages import MatchingSetup
 from papers.plan import Cell, merged
@@ -31,8 +31,10 @@ ARCHITECTURES = {  # as printed -> common.networks
     "MobileNetV2": "mobilenet_v2",
     "EfficientNet-B0": "efficientnet_b0",
 }
-PUBLISHED = {"sre2l": sre2l.PUBLISHED, "cda": sre2l.PUBLISHED_CDA, "rded": rded.PUBLISHED, "nrr_dd": nrr_dd.PUBLISHED}
+PUBLISHED = {"sre2l": sre2l.PUBLISHED, "cda": sre2l.PUBLISHED_CDA, "rded": rded.PUBLISHED, "nrr_dd": nrr_dd.PUBLISHED,
+             "cad": cad.PUBLISHED}  # fmt: skip
 LABELS = ("stored", "recomputed", "online", "fixed")  # where a teacher's soft labels come from
+ON_DISK = ("coreset", "cad")  # choose from a streamed set too, as the methods of image_stages do
 STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's view may exchange
 
 
@@ -100,11 +102,13 @@ def _agree(now: Mapping, then: Mapping) -> bool:
 
 def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     """The settings of `cell`: the scale's, those of its data set, of its IPC, its own.  None: not in this scale."""
-    if cell.algorithm in matching_stages.ALGORITHMS:
-        return matching_stages.matching_setup(scale, cell)
     data = scale["data"].get(cell.dataset)
+    on_disk = data is not None and data.get("streamed") and cell.algorithm in ON_DISK
+    if cell.algorithm in matching_stages.ALGORITHMS and not on_disk:
+        return matching_stages.matching_setup(scale, cell)
     if data is None or cell.ipc in data.get("leave_out", ()):
         return None
+    cell = replace(cell, protocol=data.get("protocols", {}).get(cell.protocol, cell.protocol))
     layers = [scale, data, data.get("by_ipc", {}).get(cell.ipc, {})]
     made_with = cell.teacher or scale.get("made_with") or cell.arch
     networks = merged(ARCHITECTURES, scale.get("networks"), data.get("networks"))
@@ -112,7 +116,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     own = data.get("teachers", {}).get(made_with)  # a recipe for this architecture
     recipe = teachers.RECIPES[data.get("teacher_recipe", "wmdd")]
     teacher = replace(recipe, **merged(*(x.get("teacher") for x in layers), own))
-    distill = _distill(layers, cell, data["dataset"], scale.get("method", "wmdd"))
+    distill = _distill(layers, cell, data["dataset"], networks[made_with], scale.get("method", "wmdd"))
     return Setup(
         data["dataset"],
         size,
@@ -128,10 +132,12 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     )
 
 
-def _distill(layers: list[Mapping], cell: Cell, dataset: str, method: str) -> dict:
+def _distill(layers: list[Mapping], cell: Cell, dataset: str, network: str, method: str) -> dict:
     algorithm = "nrr_dd" if cell.algorithm == "cidd" else cell.algorithm  # its first stage
     published = PUBLISHED.get(algorithm, {})
     rows = [published.get((dataset, ipc)) for ipc in (None, cell.ipc)]
+    if algorithm == "coreset":
+        rows = [coresets.published(dataset, cell.distill["method"], network)]
     if algorithm == method:
         rows += [x.get("distill") for x in layers]
     rows += [x.get("methods", {}).get(algorithm, {}).get("distill") for x in layers]

@@ -26,7 +26,7 @@ from common.store import Checkpoint, Entry, Product, Store
 from common.train import accuracy, fit
 from common.views import Recipe, normalise, steps_per_epoch
 from methods import nrr_dd
-from papers import image_stages, matching_stages, measured_stages
+from papers import image_stages, matching_stages, measured_stages, stream_stages
 from papers.matching_stages import MatchingSetup
 from papers.plan import Cell
 from papers.setups import Setup
@@ -145,13 +145,13 @@ class Lab:
 
     def images(self, setup: Setup, algorithm: str, seed: int) -> Stage:
         """The distill stage: a set in pixel space."""
-        return image_stages.IMAGES[algorithm](self, setup, seed)
+        return (image_stages.IMAGES | stream_stages.IMAGES)[algorithm](self, setup, seed)
 
     def as_data(self, stage: Stage) -> tuple[Dataset, Tensor | None]:
         """A distilled set as training data: uint8 by truncation, as the released code stores it, and its weights."""
         entry = self.entry(stage)
         tensors, meta = entry.tensors(), entry.meta
-        pixels = (tensors["images"].clamp(0, 1) * 255).to(torch.uint8)
+        pixels = image_stages.as_bytes(tensors["images"])
         mean, std = tuple(meta["mean"]), tuple(meta["std"])
         data = Dataset(stage.what, pixels, tensors["labels"], tuple(meta["classes"]), mean, std, None, entry.key)
         return data.to(self.device), tensors.get("weights")

@@ -73,7 +73,7 @@ def test_sets_in_pixels_stay_as_they_are(store, tmp_path):
     def noise(_) -> Product:
         images = torch.randn(10, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         tensors = {"images": images, "labels": torch.arange(10), "weights": torch.full((10,), 0.5)}
-        return image_stages._set(tensors, {"method": "noise"}, lab.data("digits", "train"))
+        return image_stages.distilled_set(tensors, {"method": "noise"}, lab.data("digits", "train"))
 
     lab, ((key, found),) = planned(store, WMDD)
     lab.store.make("distill", found.stage.settings, found.stage.inputs, recorded(noise, lab.device))  # no teacher

@@ -130,7 +130,7 @@ def test_no_cell_is_planned_that_cannot_work(paper, scale):
         seen.add(key)
         each = 140 if found.dataset == "digits" else min(next(iter(facts.counts.values()))[0] // facts.classes, 500)
         labels = torch.arange(facts.classes).repeat_interleave(each)
-        net = image_stages._untrained(found.network, facts.classes, found.size)
+        net = image_stages.untrained(found.network, facts.classes, found.size)
         method.check(config, net, labels, size=found.size, side=facts.size or 300)
     assert seen
 

@@ -1,0 +1,156 @@
+"""Coresets, CAD-Prune and CA2D of a set that stays on disk: scored as a stream, the chosen images alone are kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common import networks
+from common.augment import rng
+from common.datasets import Dataset, Stream
+from common.networks import forward_flops
+from common.selection import Scored, scored
+from common.store import Checkpoint, Product
+from common.train import accuracy, fit
+from common.views import normalise
+from methods import cad, coresets
+from papers.image_stages import checked, distilled_set, readable, real_views, untrained
+from papers.selection_stages import SELECTS
+
+if TYPE_CHECKING:
+    from papers.setups import Setup
+    from papers.stages import Lab, Stage
+
+__all__ = ["IMAGES"]
+
+STREAMED = "rrc-flip"  # the one augmentation that a stream has
+AT_ONCE = 4096  # held-out images in memory
+
+
+def on_disk(lab: Lab, setup: Setup) -> Scored:
+    """What a scoring run sees of a streamed set: centre views, in training random resized crops with flips."""
+    train = lab.data(setup.dataset, "train")
+    if not isinstance(train, Stream):
+        raise ValueError(f"{setup.dataset} is in memory; without `streamed: true` it is chosen from there")
+
+    def read(rows: Tensor, batch: int, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        view = "center" if epoch is None else "random"
+        for images, _, chosen in train.batches(rows, batch, setup.size, view, 0, epoch or 0, gaps=False):
+            yield images, chosen
+
+    def make(generator: torch.Generator) -> torch.nn.Module:
+        return networks.make(setup.network, classes=len(train.classes), size=setup.size, generator=generator)
+
+    return Scored(read, train.labels, make, lambda x: normalise(x, train.mean, train.std), lab.device)
+
+
+def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+    """One set serves all seeds of students."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items()}
+    if (kind := options.pop("augment", STREAMED)) != STREAMED:
+        raise ValueError(f"augment={kind!r}: {setup.dataset} is streamed from disk; allowed: {STREAMED}")
+    config, train = coresets.Config(**{"precision": lab.precision, **options}), lab.data(setup.dataset, "train")
+    if coresets.METHODS[config.method] in ("none", "features", "gradients"):
+        raise ValueError(
+            f"method={config.method!r} compares images with each other, and {setup.dataset} is streamed from disk; "
+            "allowed: what ranks images by a score of their own"
+        )
+    coresets.check(config, train.labels)
+    on, flops = on_disk(lab, setup), forward_flops(setup.network, setup.size)
+    run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
+
+    def score(work: Path) -> Product:
+        return Product(scored(work, on, coresets, config, None, 0, config.trained, final=False).tensors(), {})
+
+    settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": STREAMED}
+    what = f"scores of {setup.run_on}, {config.trained} epochs"
+    bank = lab.stage("bank", settings, (train.fingerprint,), score, config.trained * 4.0 * len(train) * flops, what)
+    tries = len(coresets.BETAS) if config.method == "el2n_best" else 0
+
+    def build(work: Path) -> Product:
+        found = coresets.select(
+            coresets.Bank.restore(lab.entry(bank).tensors()), train.labels, config, generator=rng(0, "selection"),
+            device=lab.device, accuracy=_trial(lab, setup, train, work),
+        )  # fmt: skip
+        tried = {"betas": coresets.BETAS, "accuracies": found["accuracies"].tolist()} if tries else {}
+        return _chosen(train, found["indices"], setup, {"method": "coresets", **tried})
+
+    settings = {"method": "coresets", "config": asdict(config), "size": setup.size, "seed": 0}
+    settings |= {"network": setup.network, "student": asdict(setup.student)} if tries else {}
+    views = 3 * setup.student.epochs * config.ipc * len(train.classes) + len(train) / 10
+    what = f"{config.method} images, {setup.run_on}, IPC {config.ipc}"
+    return lab.stage("distill", settings, (train.fingerprint, bank), build, tries * views * flops, what, bank)
+
+
+def _trial(lab: Lab, setup: Setup, train: Stream, work: Path) -> Callable[[Tensor, Tensor], float]:
+    """accuracy(chosen, held out) of a student under hard labels, resumable: what EL2N-Best asks for each window."""
+    asked = itertools.count()
+
+    def test(chosen: Tensor, held: Tensor) -> float:
+        own = Dataset("window", real_views(train, chosen, setup), train.labels[chosen], train.classes, train.mean,
+                      train.std, None, "")  # fmt: skip
+        net = networks.make(setup.network, classes=len(train.classes), size=setup.size, generator=rng(0, "student"))
+        number = next(asked)
+        net = fit(
+            net, own.to(lab.device), setup.student, size=setup.size, seed=0, device=lab.device, dtype=lab.dtype,
+            checkpoint=Checkpoint(work / f"window{number}.safetensors"), description=f"window {number}",
+        )  # fmt: skip
+        right, seen = 0.0, 0
+        for rows in held.split(AT_ONCE):
+            pixels, found = readable(train, rows, setup)
+            share = accuracy(net, pixels, train.labels[found], train, device=lab.device, dtype=lab.dtype)
+            right, seen = right + share * len(found), seen + len(found)
+        return right / seen
+
+    return test
+
+
+def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+    """CAD-Prune and CA2D; one set serves all seeds of students."""
+    budget = {"precision": lab.precision, "student_epochs": setup.student.epochs}  # the budget that is matched
+    config, train = cad.Config(**{**budget, **setup.distill}), lab.data(setup.dataset, "train")
+    on = on_disk(lab, setup)
+    crops = config.method == "ca2d"
+    net = untrained(setup.network, len(train.classes), setup.size) if crops else None
+    cad.check(config, on.images, train.labels, net, size=setup.size)
+    teacher = (lab.teacher(setup),) if crops else ()
+    looks, window, windows, steps = cad.schedule(config, len(train.classes), len(train))
+
+    def score(work: Path) -> Product:
+        return Product(scored(work, on, cad, config, None, 0, steps), {})
+
+    run = {name: value for name, value in asdict(config).items() if name not in SELECTS}
+    settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": STREAMED}
+    cost = (3.0 * steps * config.batch + len(looks) * len(train)) * forward_flops(setup.network, setup.size)
+    what = f"compute-matched scores, {setup.run_on}, {steps} steps"
+    scores = lab.stage("trajectory", settings, (train.fingerprint,), score, cost, what)
+
+    def build(work: Path) -> Product:
+        found = lab.entry(scores).tensors()["p_true" if config.score == "prob" else "el2n"]
+        score = cad.dynamic_score(found, window, windows, config.include_last)
+        if not crops:
+            return _chosen(train, cad.prune(score, train.labels, config.ipc), setup, {"method": "cad"})
+        images, labels = cad.synthesise(
+            checked(lab, setup, teacher[0]), train.whole, train.labels, score, config, size=setup.size,
+            mean=train.mean, std=train.std, generator=rng(0, "crops"),
+        )  # fmt: skip
+        return distilled_set({"images": images, "labels": labels}, {"method": "ca2d"}, train)
+
+    settings = {"method": "cad", "config": asdict(config), "size": setup.size, "seed": 0}
+    what, needs = f"{'CA2D' if crops else 'CAD-Prune'}, {setup.run_on}, IPC {config.ipc}", (scores, *teacher)
+    return lab.stage("distill", settings, (train.fingerprint, *needs), build, 0.0, what, *needs)
+
+
+def _chosen(train: Stream, rows: Tensor, setup: Setup, meta: dict) -> Product:
+    """The set of these training images, as bytes: five hundred of each class of ImageNet-1K are 75 GB."""
+    tensors = {"images": real_views(train, rows, setup), "labels": train.labels[rows], "indices": rows}
+    return distilled_set(tensors, meta, train)
+
+
+IMAGES: dict[str, Callable[[Lab, Setup, int], Stage]] = {"coreset": coreset_images, "cad": cad_images}
