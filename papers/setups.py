@@ -148,6 +148,8 @@ def _factor(algorithm: str, distill: Mapping, size: int) -> int:
     """Patches along a side of an image; for methods that make none, of RDED's, whose students all then resemble."""
     if algorithm in ("cidd", "nrr_dd"):
         return nrr_dd.Config(**distill).factor(size)
+    if distill.get("method") == "ca2d":
+        return cad.resolved(cad.Config(**distill), size).factor
     return rded.resolved(rded.Config(**distill) if algorithm == "rded" else rded.Config(), size).factor
 
 
@@ -162,7 +164,7 @@ def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, ne
     base: dict = {}
     if cell.protocol:
         base = large_scale(cell.protocol, cell.ipc, info(dataset).classes)
-        if cell.algorithm in STITCHED:
+        if cell.algorithm in STITCHED or cell.distill.get("method") == "ca2d":
             base |= {"shuffle": factor, "crop": 1 / factor}
     elif scale.get("protocol") == "rded-2024":
         base = rded.student_recipe(dataset, info(dataset).classes, network, factor, cell.ipc)

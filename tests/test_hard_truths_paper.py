@@ -78,7 +78,9 @@ def test_cells_of_imagenet_scale_get_them():
     assert [s.student.labels for s in labels] == ["hard", "soft", "soft"]
     assert [s.labels for s in labels[1:]] == ["fixed", "online"]
     assert [(s.student.batch, s.student.lr) for s in labels] == [(50, 0.1), (50, 1e-3), (50, 1e-3)]
-    assert setup("paper", "table7/imagenet-1k/cad-prune/hl/resnet-18/10/own")[1] is None  # a stream
+    whole, cut = (setup("paper", f"table9/imagenet-1k/{name}/hl/resnet-50/50/own")[1] for name in ("cad-prune", "ca2d"))
+    assert [(s.student.shuffle, s.student.crop) for s in (whole, cut)] == [(1, 0.08), (2, 0.5)]
+    assert whole.student == setup("paper", "table9/imagenet-1k/random/hl/resnet-50/50/own")[1].student
 
 
 @pytest.mark.slow
