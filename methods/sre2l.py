@@ -2,9 +2,12 @@
 
 Yin, Xing and Shen, Squeeze, Recover and Relabel, NeurIPS 2023 (arXiv 2306.13092; github.com/VILA-Lab/SRe2L).
 CDA: Yin and Shen, Dataset Distillation via Curriculum Data Synthesis, TMLR 2024 (arXiv 2311.18838; same repository).
+DWA: Du et al., Diversity-Driven Synthesis: Enhancing Dataset Distillation through Directed Weight Adjustment, NeurIPS
+2024 (arXiv 2409.17612; github.com/AngusDujw/Diversity-Driven-Synthesis).
 
     python methods/sre2l.py dataset=imagenette ipc=10 data=~/data     # teacher, distilled set, student accuracy
     python methods/sre2l.py dataset=tiny-imagenet ipc=50 curriculum=cosine data=~/data     # CDA
+    python methods/sre2l.py dataset=cifar10 ipc=10 perturb=0.015 data=~/data     # DWA
 
 This file is the middle step.  Images start as noise and are moved by Adam, through random crops, until the teacher
 reads their class in them and its BatchNorm layers see the statistics of the real data:
@@ -16,6 +19,10 @@ reads their class in them and its BatchNorm layers see the statistics of the rea
 
 The norms are not squared; the published runs have r_tv = r_l2 = 0.  A batch holds one image of each of up to 100
 consecutive classes and is a problem of its own.  CDA lets the smallest crop shrink from the whole image to 0.08 of it.
+DWA starts from real images, weighs variances more than means, and first moves the teacher of each batch up the loss of
+what it starts from, so that batches meet different teachers:
+
+    theta <- theta + rho / n g / |g|,  g = d CE(teacher(x_0), y) / d theta,  n times
 
 Paper against released code, and what we take:
   batches         classes in random order is switched off in the code             -> consecutive classes
@@ -24,6 +31,8 @@ Paper against released code, and what we take:
                   batch keeps its own statistics, so its gradients are the same; they share the random crops
   crops           CIFAR has none; Tiny-ImageNet alone rolls both ways             -> `crop`, `jitter_both`
   files           the code writes JPEG, which all later steps read                -> tensors
+  DWA             the moved weights are kept for later blocks of classes, the     -> put back after each batch; images
+                  gradients of these passes stay in the images' first step           begin with an empty gradient
 What this file does not hold, and the command adds (papers/nrr_dd has the tables):
   teacher         CIFAR for 200 epochs, Tiny-ImageNet for 50, each by a recipe    -> their recipes, `teacher_epochs`=50;
                   of its own; none is given for Imagenette                        WMDD's for every other set
@@ -45,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PUBLISHED", "PUBLISHED_CDA", "Config", "RecoverState", "check", "distill", "recover"]
+__all__ = ["PUBLISHED", "PUBLISHED_CDA", "PUBLISHED_DWA", "Config", "RecoverState", "check", "distill", "recover"]
 
 
 def _option(default, help: str, **facts):
@@ -61,6 +70,7 @@ class Config:
     lr: float = _option(0.25, "first Adam step size in normalised pixels, cosine to 0", source="recover.sh")
     bn_weight: float = _option(0.01, "weight of the BatchNorm term: r_bn", minimum=0, source="recover.sh")
     first_bn_multiplier: float = _option(10.0, "extra weight of the first BatchNorm layer", minimum=0)
+    var_weight: float = _option(1.0, "weight of variances beside means in a layer: r_var", minimum=0, source="DWA: 11")
     tv_weight: float = _option(0.0, "weight of the total variation of the views", minimum=0, source="recover.sh")
     l2_weight: float = _option(0.0, "weight of the mean length of the views", minimum=0, source="recover.sh")
     curriculum: str = _option(
@@ -70,6 +80,11 @@ class Config:
     milestone: float = _option(
         1.0, "curriculum: share of the iterations after which the smallest crop is 0.08", minimum=0, maximum=1
     )
+    init: str = _option("noise", "first images: standard normal or random real ones", choices=("noise", "real"),
+                        source="DWA: real")  # fmt: skip
+    perturb: float = _option(0.0, "how far the teacher's weights are moved before each batch: rho; 0: not at all",
+                             minimum=0, source="DWA: 0.015")  # fmt: skip
+    perturb_steps: int = _option(12, "steps of that move", unit="steps", minimum=1, source="DWA; ImageNet-1K: 15")
     crop: bool = _option(True, "random resized crop and flip of the images at each step; not for CIFAR")
     jitter: int = _option(
         -1, "largest roll of the images; -1: 4 up to 64 px, else 1/7 of the side (32 at 224 px)", unit="px", minimum=-1
@@ -114,6 +129,15 @@ PUBLISHED_CDA: dict[tuple[str, int | None], dict] = {
     ("imagenet-1k", None): {"lr": 0.25, "bn_weight": 0.01, "iterations": 4000, "curriculum": "cosine"},
     ("imagenet-21k", None): {"lr": 0.05, "bn_weight": 0.25, "iterations": 2000, "curriculum": "cosine"},
 }  # fmt: skip
+
+# The same for DWA.  Source: readme.md and distillation/ of AngusDujw/Diversity-Driven-Synthesis.
+_DWA = {"init": "real", "perturb": 0.015, "bn_weight": 0.01, "var_weight": 11.0}
+PUBLISHED_DWA: dict[tuple[str, int | None], dict] = {
+    ("cifar10", None): {**_CIFAR, **_DWA},
+    ("cifar100", None): {**_CIFAR, **_DWA},
+    ("tiny-imagenet", None): {**_DWA, "lr": 0.1, "iterations": 2000, "jitter": 4, "batch": 200, "in_flight": 200},
+    ("imagenet-1k", None): {**_DWA, "lr": 0.25, "iterations": 2000, "var_weight": 2.0, "perturb_steps": 15},
+}
 
 
 # ---------------------------------------------------------------- looking into a teacher
@@ -194,10 +218,10 @@ def _norm(x: Tensor) -> Tensor:  # [..., D] -> [...]; smooth at 0
 # --- end shared block ---
 
 
-def bn_gap(bn: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
+def bn_gap(bn: nn.BatchNorm2d, x: Tensor, groups: int, var_weight: float = 1.0) -> Tensor:
     """R_l of each group [G]: the statistics of what enters a layer, x [B, C, H, W], against its running ones."""
     mean, var = _Moments.apply(x, groups)
-    return _norm(mean - bn.running_mean) + _norm(var - bn.running_var)
+    return _norm(mean - bn.running_mean) + var_weight * _norm(var - bn.running_var)
 
 
 @contextmanager
@@ -208,7 +232,7 @@ def bn_gaps(net: nn.Module, config: Config, groups: Callable[[], int]) -> Iterat
 
     def keep(bn: nn.BatchNorm2d, entering: tuple[Tensor]) -> None:
         multiplier = config.first_bn_multiplier if bn is layers[0] else 1.0
-        found.append(multiplier * bn_gap(bn, entering[0], groups()))
+        found.append(multiplier * bn_gap(bn, entering[0], groups(), config.var_weight))
 
     hooks = [bn.register_forward_pre_hook(keep) for bn in layers]
     try:
@@ -216,6 +240,29 @@ def bn_gaps(net: nn.Module, config: Config, groups: Callable[[], int]) -> Iterat
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def perturbed(teacher: nn.Module, views: Iterator[Tensor], labels: Tensor, config: Config) -> Iterator[None]:
+    """The teacher with its weights moved up the loss of some views, rho / n a step; put back at the end."""
+    weights = list(teacher.parameters())
+    before = [w.detach().clone() for w in weights]
+    try:
+        for view in views:
+            teacher.requires_grad_(True)
+            with torch.autocast(view.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = teacher(view)
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+            ascent = torch.autograd.grad(loss, weights)
+            teacher.requires_grad_(False)
+            length = torch.stack([g.norm() for g in ascent]).norm()  # one for all weights
+            for w, g in zip(weights, ascent, strict=True):
+                w.add_(g * (config.perturb / config.perturb_steps / length))
+        yield
+    finally:
+        with torch.no_grad():
+            for w, old in zip(weights, before, strict=True):
+                w.copy_(old)
 
 
 # ---------------------------------------------------------------- what the images are seen through
@@ -319,11 +366,11 @@ def passes(classes: int, config: Config) -> list[Tensor]:
     """The image numbers [G, k] of each forward; image k*I + j is image j of class k.
 
     A row is one batch: image j of each of up to `batch` consecutive classes.  Rows are independent; as many share a
-    forward as `in_flight` images allow.
+    forward as `in_flight` images allow, but one alone where each has a teacher of its own (perturb).
     """
     number = torch.arange(classes * config.ipc).view(classes, config.ipc)  # [K, I]
-    blocks = number.split(config.batch)
-    return [rows for block in blocks for rows in block.T.split(max(1, config.in_flight // len(block)))]
+    blocks, most = number.split(config.batch), 0 if config.perturb else config.in_flight
+    return [rows for block in blocks for rows in block.T.split(max(1, most // len(block)))]
 
 
 def total_variation(views: Tensor) -> Tensor:
@@ -407,19 +454,23 @@ def recover(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     generator: torch.Generator,
+    start: Tensor | None = None,
     part: slice = slice(None),
     state: RecoverState | None = None,
     on_step: Callable[[RecoverState], None] | None = None,
 ) -> Tensor:
     """Optimise the images on the teacher's device: float32 [K*I, C, size, size] in [0, 1] pixel space, on the CPU.
 
-    part: the passes to do, all by default; then the images are those of these passes, by ascending number.
+    start: the first images for init=real, in the same form, all of them.  part: the passes to do, all by default; then
+    the images are those of these passes, by ascending number.
     `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the
     loss is not finite (looked at every 50 steps).
     """
     _check(teacher, classes)
     if not len(mean) == len(std) == channels:
         raise ValueError(f"mean={mean} and std={std} must have one value for each of the {channels} channels")
+    if (start is None) != (config.init == "noise"):
+        raise ValueError(f"init={config.init!r}, but first images were {'not ' if start is None else ''}given: start=")
     device = next(teacher.parameters()).device
     teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     shift, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
@@ -439,33 +490,44 @@ def recover(
                 logits = teacher(view)
             return objective(view, logits, gaps, labels, config)
 
+        def ascents(first: Tensor) -> Iterator[Tensor]:
+            """What DWA moves the teacher of a batch by: views of its first images, the same when a run continues."""
+            draws = torch.Generator().manual_seed(int(state.seeds[state.number]) ^ 1)
+            for _ in range(config.perturb_steps if config.perturb else 0):
+                yield see(first, random_view(size, least_area(config, 0), roll, draws))
+
         run = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
         while state.number < len(plan):
             number = plan[state.number].flatten()
             labels = (plan[state.number] // config.ipc).to(device)  # [G, k]
-            generator, here = state.begin(), slice(state.first, state.first + len(number))
-            fresh = state.live is None
-            x = torch.randn(len(number), channels, size, size, generator=generator) if fresh else state.images[here]
-            x = x.to(device).requires_grad_()
+            here = slice(state.first, state.first + len(number))
+            fresh, begun = state.live is None, torch.Generator().manual_seed(int(state.seeds[state.number]))
+            if start is None:
+                first = torch.randn(len(number), channels, size, size, generator=begun)
+            else:
+                first = (start[number] - shift) / scale
+            generator = begun if fresh else state.begin()
+            x = (first if fresh else state.images[here]).clone().to(device).requires_grad_()
             adam = torch.optim.Adam([x], betas=(0.5, 0.9))
             if not fresh:
-                first, second = (t.to(device) for t in state.live[1:])
-                adam.state[x] = {"step": torch.tensor(float(state.step)), "exp_avg": first, "exp_avg_sq": second}
-            for step in range(state.step, config.iterations):
-                adam.param_groups[0]["lr"] = learning_rate(config, step)
-                view = see(x, random_view(size, least_area(config, step), roll, generator))
-                adam.zero_grad()
-                loss = run(view.contiguous(memory_format=torch.channels_last), labels)
-                loss.backward()
-                adam.step()
-                with torch.no_grad():
-                    x.clamp_(low, high)
-                if step % 50 == 49 or step + 1 == config.iterations:
-                    state.loss = _finite(loss / len(labels), step, state.number, config)
-                state.step, state.generator = step + 1, generator.get_state()
-                state.live = (x, adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"])
-                if on_step:
-                    on_step(state)
+                mean_, square = (t.to(device) for t in state.live[1:])
+                adam.state[x] = {"step": torch.tensor(float(state.step)), "exp_avg": mean_, "exp_avg_sq": square}
+            with perturbed(teacher, ascents(first.to(device)), labels.flatten(), config):
+                for step in range(state.step, config.iterations):
+                    adam.param_groups[0]["lr"] = learning_rate(config, step)
+                    view = see(x, random_view(size, least_area(config, step), roll, generator))
+                    adam.zero_grad()
+                    loss = run(view.contiguous(memory_format=torch.channels_last), labels)
+                    loss.backward()
+                    adam.step()
+                    with torch.no_grad():
+                        x.clamp_(low, high)
+                    if step % 50 == 49 or step + 1 == config.iterations:
+                        state.loss = _finite(loss / len(labels), step, state.number, config)
+                    state.step, state.generator = step + 1, generator.get_state()
+                    state.live = (x, adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"])
+                    if on_step:
+                        on_step(state)
             state.images[here] = x.detach().cpu()
             state.live, state.generator, state.step = None, None, 0
             state.number, state.first = state.number + 1, here.stop
@@ -489,12 +551,23 @@ def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
 def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side: int | None = None) -> None:
     """ValueError before any work where the teacher has no BatchNorm or other classes than the labels int64 [N]."""
     _check(teacher, int(labels.max()) + 1)
+    if config.init == "real":
+        drawn(labels.cpu(), config.ipc, torch.Generator())
 
 
 def _check(teacher: nn.Module, classes: int) -> None:
     batch_norms(teacher)  # says so when there is none
     if (known := classifier_of(teacher).out_features) != classes:
         raise ValueError(f"the teacher tells {known} classes apart, asked for are {classes}; both must be the same")
+
+
+def drawn(labels: Tensor, ipc: int, generator: torch.Generator) -> Tensor:
+    """Random real images that images start from: rows int64 [K*I] of the labels int64 [N], class after class."""
+    counts = labels.bincount()
+    if counts.min() < ipc:
+        raise ValueError(f"init=real with ipc={ipc}: class {int(counts.argmin())} has {int(counts.min())} images")
+    rows = [(labels == k).nonzero().flatten() for k in range(len(counts))]
+    return torch.cat([own[torch.randperm(len(own), generator=generator)[:ipc]] for own in rows])
 
 
 def distill(
@@ -511,13 +584,15 @@ def distill(
 ) -> dict[str, Tensor]:
     """Images for the classes of images uint8 [N, C, S, S] and labels int64 [N] (0..K-1), with a trained teacher.
 
-    The real data live in the teacher: of `images` only the shape is read.  Returns images float32 [K*I, C, S, S] in
-    [0, 1] and labels [K*I].
+    The real data live in the teacher: of `images` only the shape is read, and with init=real the first ones.  Returns
+    images float32 [K*I, C, S, S] in [0, 1] and labels [K*I].
     """
-    classes = int(labels.max()) + 1
+    classes, start = int(labels.max()) + 1, None
+    if config.init == "real":
+        start = images[drawn(labels.cpu(), config.ipc, generator).to(images.device)].cpu().float() / 255
     pixels = recover(
         teacher, classes, config, size=images.shape[-1], channels=images.shape[1], mean=mean, std=std,
-        generator=generator, state=state, on_step=on_step,
+        generator=generator, start=start, state=state, on_step=on_step,
     )  # fmt: skip
     return {"images": pixels, "labels": torch.arange(classes).repeat_interleave(config.ipc)}
 
@@ -530,8 +605,8 @@ if __name__ == "__main__":
     from common import cli, script, teachers
 
     def main(arguments: list[str]) -> None:
-        cda = any(a.startswith("curriculum=") and a != "curriculum=none" for a in arguments)
-        published = PUBLISHED_CDA if cda else PUBLISHED
+        given = {name for name, _, value in (a.partition("=") for a in arguments) if value not in ("", "none", "0")}
+        published = PUBLISHED_CDA if "curriculum" in given else PUBLISHED_DWA if "perturb" in given else PUBLISHED
         script.run_with_teacher(
             arguments, "sre2l", Config, published, RecoverState.restore, distill, check=check, small="resnet18-mod",
             recipes=teachers.SQUEEZE,

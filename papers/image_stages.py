@@ -196,9 +196,13 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
         state, on_step, losses = _resumed(work, sre2l.RecoverState.restore, config.iterations)
+        start = None
+        if config.init == "real":
+            rows = sre2l.drawn(train.labels.cpu(), config.ipc, rng(0, "start"))
+            start = real_views(train, rows, setup).cpu().float() / 255
         images = sre2l.recover(
             checked(lab, setup, teacher), classes, config, size=setup.size, channels=len(train.mean), mean=train.mean,
-            std=train.std, generator=rng(0, "sre2l"), part=part, state=state, on_step=on_step,
+            std=train.std, generator=rng(0, "sre2l"), start=start, part=part, state=state, on_step=on_step,
         )  # fmt: skip
         return images, losses
 
@@ -407,6 +411,6 @@ def check_ipc(data: Dataset | Stream, ipc: int) -> None:
 
 
 IMAGES: dict[str, Callable[[Lab, Setup, int], Stage]] = {
-    "random": random, "wmdd": wmdd_images, "sre2l": sre2l_images, "cda": sre2l_images, "rded": rded_images,
-    "cidd": cidd_images, "nrr_dd": nrr_dd_images,
+    "random": random, "wmdd": wmdd_images, "sre2l": sre2l_images, "cda": sre2l_images, "dwa": sre2l_images,
+    "rded": rded_images, "cidd": cidd_images, "nrr_dd": nrr_dd_images,
 }  # fmt: skip

@@ -31,8 +31,10 @@ ARCHITECTURES = {  # as printed -> common.networks
     "MobileNetV2": "mobilenet_v2",
     "EfficientNet-B0": "efficientnet_b0",
 }
-PUBLISHED = {"sre2l": sre2l.PUBLISHED, "cda": sre2l.PUBLISHED_CDA, "rded": rded.PUBLISHED, "nrr_dd": nrr_dd.PUBLISHED,
-             "cad": cad.PUBLISHED}  # fmt: skip
+PUBLISHED = {
+    "sre2l": sre2l.PUBLISHED, "cda": sre2l.PUBLISHED_CDA, "dwa": sre2l.PUBLISHED_DWA, "rded": rded.PUBLISHED,
+    "nrr_dd": nrr_dd.PUBLISHED, "cad": cad.PUBLISHED,
+}  # fmt: skip
 LABELS = ("stored", "recomputed", "online", "fixed")  # where a teacher's soft labels come from
 ON_DISK = ("coreset", "cad")  # choose from a streamed set too, as the methods of image_stages do
 STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's view may exchange

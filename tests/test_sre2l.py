@@ -1,10 +1,12 @@
 """SRe2L and CDA against plain loops written from their formulas, closed forms, resume, determinism, the copy rule."""
 
+import copy
 import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -325,6 +327,74 @@ def test_the_loss_and_image_gradient_of_the_plain_form_in_float64(teacher, draw)
     wanted = torch.autograd.grad(plain, x)[0]
     assert wanted.norm() > 0.1
     torch.testing.assert_close(torch.autograd.grad(ours, x)[0], wanted, atol=1e-9, rtol=1e-9)
+
+
+DWA = Config(ipc=2, iterations=6, batch=2, jitter=2, init="real", perturb=0.3, perturb_steps=3, var_weight=4.0)
+FIRST = torch.rand(8, 3, 16, 16, generator=rng("first"))
+
+
+def test_dwa_takes_the_steps_of_a_loop_written_from_its_formulas(teacher):
+    """The teacher of each batch is moved up the loss of what the batch starts from, in a copy of its own."""
+    kept = {name: v.clone() for name, v in teacher.state_dict().items()}
+    ours = recover(teacher, DWA, seed=6, start=FIRST)
+    assert all(torch.equal(v, kept[name]) for name, v in teacher.state_dict().items())
+    plan = [[0, 2], [1, 3], [4, 6], [5, 7]]  # image j of class k is number 2 k + j; a batch is two classes
+    assert [rows.tolist() for rows in sre2l.passes(4, DWA)] == [[one] for one in plan]
+    seeds = torch.randint(2**62, (4,), generator=rng(6)).tolist()
+    shift, scale = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    for rows, seed in zip(plan, seeds, strict=True):
+        labels, first = torch.tensor(rows) // 2, (FIRST[rows] - shift) / scale
+        moved, draws = copy.deepcopy(teacher).requires_grad_(True), torch.Generator().manual_seed(seed ^ 1)
+        for _ in range(3):
+            view = sre2l.see(first, sre2l.random_view(16, 0.08, (0, 2), draws))
+            grads = torch.autograd.grad(F.cross_entropy(moved(view), labels), list(moved.parameters()))
+            length = math.sqrt(sum(g.square().sum().item() for g in grads))
+            for w, g in zip(moved.parameters(), grads, strict=True):
+                w.data += 0.3 / 3 * g / length
+        gap = torch.cat([(a - b).flatten() for a, b in zip(moved.parameters(), teacher.parameters(), strict=True)])
+        assert 0.05 < gap.norm() <= 0.3
+        layers, entered = [m for m in moved.modules() if isinstance(m, nn.BatchNorm2d)], {}
+        for bn in layers:
+            bn.register_forward_pre_hook(lambda bn, x, entered=entered: entered.__setitem__(bn, x[0]))
+        x, generator = first.clone().requires_grad_(), torch.Generator().manual_seed(seed)
+        adam = torch.optim.Adam([x], betas=(0.5, 0.9))
+        for step in range(6):
+            adam.param_groups[0]["lr"] = 0.25 * (1 + math.cos(math.pi * step / 6)) / 2
+            adam.zero_grad()
+            loss = F.cross_entropy(moved(sre2l.see(x, sre2l.random_view(16, 0.08, (0, 2), generator))), labels)
+            for bn in layers:
+                mean, var = entered[bn].mean((0, 2, 3)), entered[bn].var((0, 2, 3), correction=0)
+                gap = (mean - bn.running_mean).norm() + 4.0 * (var - bn.running_var).norm()
+                loss = loss + 0.01 * (10 if bn is layers[0] else 1) * gap
+            loss.backward()
+            adam.step()
+            x.data = torch.minimum(torch.maximum(x.data, LOW), HIGH)
+        assert (ours[rows] - pixels(x.detach())).abs().max() < 2e-3
+
+
+def test_dwa_continues_bit_for_bit(teacher):
+    saved = []
+    keep = lambda state: saved.append({name: t.clone() for name, t in state.tensors().items()})  # noqa: E731
+    whole = recover(teacher, DWA, start=FIRST, on_step=keep)
+    for step in (2, 7, 12):
+        state = sre2l.RecoverState.restore(saved[step])
+        assert torch.equal(recover(teacher, DWA, seed=9, start=FIRST, state=state), whole)
+
+
+def test_dwa_starts_from_random_real_images(teacher):
+    labels = torch.arange(40) % 4
+    images = torch.randint(0, 256, (40, 3, 16, 16), generator=rng("real"), dtype=torch.uint8)
+    rows = sre2l.drawn(labels, 3, rng(5))
+    assert labels[rows].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 and len(set(rows.tolist())) == 12
+    still = replace(DWA, ipc=3, iterations=1, lr=0.0)
+    out = sre2l.distill(images, labels, teacher, still, mean=MEAN, std=STD, generator=rng(5))
+    torch.testing.assert_close(out["images"], images[rows] / 255, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="init=real with ipc=11: class 0 has 10 images"):
+        sre2l.check(replace(DWA, ipc=11), teacher, labels, size=16)
+    with pytest.raises(ValueError, match="init='real', but first images were not given"):
+        recover(teacher, DWA)
+    with pytest.raises(ValueError, match="init='noise', but first images were given"):
+        recover(teacher, QUICK, start=FIRST)
 
 
 def test_moments_start_fresh_and_pixels_stay_in_range(teacher):
