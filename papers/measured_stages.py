@@ -210,17 +210,23 @@ def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
 
 
 def _trajectory(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
-    """MTT's loss of a set at each start epoch of an expert, as the scale's `measure: trajectory` says, and its mean."""
+    """MTT's loss of a set at each start epoch of an expert, as the scale's `measure: trajectory` says, and its mean.
+
+    The expert is of the cell's architecture, whatever network the set was made with.
+    """
     own, made = matching_stages.setting_of(lab, setup), matching_stages.images(lab, setup, cell.algorithm, 0)
     plain = replace(setup, distill={**setup.distill, "zca": False})  # one expert for all sets, also whitened ones
-    on, measure = matching_stages.setting_of(lab, plain), dict(setup.measure["trajectory"])
+    whitened, measure = setup.distill.get("zca", False), dict(setup.measure["trajectory"])
+    on = matching_stages.setting_of(lab, plain)
+    if setup.student_network:
+        on = replace(on, network=setup.student_network)
     chosen = mtt.ExpertConfig(experts=1, epochs=measure.pop("train_epochs"))
     (expert,) = matching_stages.experts(lab, plain, on, chosen, 0)
 
     def build(work: Path) -> Product:
         tensors, (trajectory,) = lab.entry(made).tensors(), lab.entry(expert).tensors().values()
         images = matching.tested_images(tensors)
-        if own is not on:
+        if whitened:
             images = on.inputs(own.pixels(images.to(on.device)))
         losses = tm_loss(
             trajectory, images, tensors.get("soft_labels", tensors["labels"]),

@@ -18,7 +18,7 @@ from papers.plan import ROOT, load_paper
 from papers.stages import Lab
 
 PAPER = load_paper("hard_truths")
-ONLY = "regimes/random/10,regimes/cad-prune/10,regimes/ca2d/hl/10,selectors/margin/10,figure4/random"
+ONLY = "regimes/random/10,regimes/cad-prune/10,regimes/ca2d/hl/10,selectors/margin/10,figure4/random/convnet"
 ONLY += ",figure5/random/x-0.25,figure5/random/x-1,figure1/random/own-teacher-0.5-passes/1,scaling/random/hl"
 
 
@@ -283,6 +283,16 @@ def test_real_images_lead_a_student_towards_its_expert(run, lab):
     losses = lab.entry(planned.stages[0]).tensors()["losses"]
     assert len(losses) == 3 and found["mean"] == pytest.approx(float(losses.mean()))
     assert ((losses > 0) & (losses < 0.9)).all() and len(losses.unique()) == 3  # 1 is where it started
+
+
+def test_a_loss_for_another_network_has_an_expert_of_its_own(lab):
+    networks = {}
+    for arch in ("convnet", "resnet-18"):
+        cell, chosen = setup("smoke", f"figure4/cifar-100/random/hl/{arch}/10/own/tm-loss")
+        (stage,) = lab.students(cell, chosen, (0,))
+        networks[arch] = [s.settings["network"] for s in stage.all() if s.name in ("distill", "experts")]
+    assert networks["convnet"] == ["convnet3-instance-w32"] * 2
+    assert networks["resnet-18"] == ["convnet3-instance-w32", "resnet18-bn-w8"]
 
 
 def test_the_bootstrap_draws_the_sets_of_a_selector_together(monkeypatch):

@@ -157,28 +157,32 @@ def figure1(run: Run) -> Figure | None:
 
 
 def figure4(run: Run) -> Figure | None:
-    """MTT's loss of each set over the epoch of an expert that its student starts from, one panel an IPC."""
+    """MTT's loss of each set over the epoch of an expert that its student starts from, one panel a data set and IPC."""
     cells = [p for p in run.planned if p.cell.table == "figure4" and drawing.entry(run, p, "objective")]
     if not cells:
         return None
-    ipcs = sorted({p.cell.ipc for p in cells})
+    panels = list(dict.fromkeys((p.setup.run_on, p.cell.ipc) for p in cells))
     colors = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(p.cell.method for p in cells))}
-    figure, axes = drawing.axes_of(3.4 * len(ipcs) + 1.6, 3.2, 1, len(ipcs), sharey=True)
+    figure, axes = drawing.axes_of(3.4 * len(panels) + 1.6, 3.2, 1, len(panels), sharey=True)
     drawn = {}
-    for ax, ipc in zip(axes[0], ipcs, strict=True):
-        for planned in (p for p in cells if p.cell.ipc == ipc):
-            made, name = drawing.entry(run, planned, "objective"), planned.cell.method
+    for ax, panel in zip(axes[0], panels, strict=True):
+        for planned in (p for p in cells if (p.setup.run_on, p.cell.ipc) == panel):
+            made, name, arch = drawing.entry(run, planned, "objective"), planned.cell.method, planned.cell.arch
             starts, losses = made.meta["settings"]["starts"], made.tensors()["losses"]
-            (drawn[name],) = ax.plot(starts, losses, marker="o", color=colors[name], label=SHOWN.get(name, name))
-        ax.set(xlabel="start epoch of the expert", title=f"IPC {ipc}")
+            label = SHOWN.get(name, name) + ("" if arch == "ConvNet" else f", {arch}")
+            style = {"color": colors[name], "linestyle": "-" if arch == "ConvNet" else "--", "label": label}
+            (drawn[label],) = ax.plot(starts, losses, marker="o", **style)
+        ax.set(xlabel="start epoch of the expert", title=f"{panel[0]}, IPC {panel[1]}")
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("TM loss (no unit)")
     figure.legend(handles=list(drawn.values()), loc="outside right upper", frameon=False, fontsize=8)
     steps = cells[0].setup.measure["trajectory"]
+    others = " Dashed: the expert and the student are of another network than the ConvNet."
     text = (
         f"How far a student ends from an expert {steps['epochs']} epochs on, after {steps['steps']} steps on each set,"
         " by the epoch of the expert that it starts from; 1 is where it started. One expert, full batches, no"
-        f" augmentation, step size {steps['lr']:g}. Run on {cells[0].setup.run_on}."
+        f" augmentation, step size {steps['lr']:g}.{others if any(p.cell.arch != 'ConvNet' for p in cells) else ''} Run"
+        f" on {' and '.join(dict.fromkeys(run_on for run_on, _ in panels))}."
     )
     return drawing.captioned(figure, text, run)
 
