@@ -18,6 +18,7 @@ __all__ = ["KEY", "WIDTH", "Row", "extras_markdown", "latex", "markdown", "termi
 
 KEY = ("table", "dataset", "method", "setting", "arch", "ipc", "metric")
 WIDTH = 100  # characters of a terminal; a wider table is cut into one panel per outermost column
+MOST_COLUMNS = 4  # that a status names; more are counted
 UNITS = {"accuracy": "accuracy (%)", "time": "time (hours)"}
 
 Row = dict[str, object]
@@ -175,8 +176,8 @@ def _notes(rows: Sequence[Row], layout: Mapping) -> list[str]:
 def _statuses(rows: Sequence[Row], layout: Mapping) -> list[str]:
     """A line a status: how many numbers have it, and which rows of the table, with their columns where they differ.
 
-    A row is named by its columns where others of it have another status; one that has numbers needs none for having
-    others that were not run.
+    A row is named by its columns where others of it have another status, or by how many they are; one that has numbers
+    needs none for having others that were not run.
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for row in sorted(rows, key=lambda row: row["ours"] is None):
@@ -189,7 +190,8 @@ def _statuses(rows: Sequence[Row], layout: Mapping) -> list[str]:
         clauses: dict[str, list[str]] = {}  # columns -> labels
         for label, columns in found.items():
             split = any(label in other for other in others)
-            clauses.setdefault(", ".join(columns) if split else "", []).append(label)
+            named = ", ".join(columns) if len(columns) <= MOST_COLUMNS else f"{len(columns)} columns"
+            clauses.setdefault(named if split else "", []).append(label)
         whole = clauses.pop("", None)
         texts = ["; ".join(whole)] if whole else []
         texts += [f"{columns} of {'; '.join(labels)}" for columns, labels in clauses.items()]
