@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from common import matching
 from common.distilled import load
 from common.protocols import PROTOCOLS
 from methods import mtt
-from papers import matching_stages, runner
+from papers import drawing, export, matching_stages, runner
+from papers.matching import figures
 from papers.plan import load_paper
 from papers.report import load_reported
 
@@ -51,6 +53,21 @@ def test_tables_and_figures_of_the_smoke_run(smoke):
     assert float(row["reported"]) == 28.3 and row["ours"] and row["status"] == "not comparable"
     for name in ("figure_images.png", "figure_accuracy.png", "table1.md", "table1.tex", "table2.md"):
         assert (smoke.folder / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_set_kept_beside_the_results_is_drawn_without_the_store(smoke, tmp_path, monkeypatch):
+    shown = {}  # the first image of each row
+    monkeypatch.setattr(drawing, "show_image", lambda ax, x: shown.setdefault(ax.get_subplotspec().rowspan.start, x))
+    assert figures.figure_images(smoke) is not None
+    before = dict(shown)
+    shown.clear()
+    kept, empty = tmp_path / "smoke", runner.Lab(runner.Store(tmp_path / "runs"), None, CPU, smoke.lab.precision)
+    export.main(["paper=matching", "scale=smoke", "device=cpu", f"store={smoke.args.store}", f"out={kept}/sets",
+                 "only=table1/cifar-10/dm/1,table1/cifar-10/dc/1"])  # fmt: skip
+    assert figures.figure_images(replace(smoke, lab=empty, folder=kept)) is not None
+    assert len(before) == 8 and len(shown) == 2  # DC and DM, second and fourth of all
+    torch.testing.assert_close(torch.stack([shown[0], shown[1]]), torch.stack([before[1], before[3]]))
 
 
 def test_plan_of_the_published_scale_names_the_missing_sets(tmp_path):

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from common import distilled
 from common.matching import tested_images
 from papers import drawing
 from papers.matching_stages import setting_of
 from papers.report import RANDOM
 
 if TYPE_CHECKING:
-    from papers.runner import Run
+    from papers.runner import Planned, Run
 
 __all__ = ["figure_accuracy", "figure_images"]
 
@@ -23,8 +25,8 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
     """One image of each class by each method, at one image per class, on the first data set that has some."""
     cells = [p for p in run.planned if p.cell.table == "table1" and p.cell.ipc == 1]
     for dataset in dict.fromkeys(p.cell.dataset for p in cells):
-        found = [(p, drawing.entry(run, p, "distill")) for p in cells if p.cell.dataset == dataset]
-        found = [(p, made) for p, made in found if made is not None]
+        found = [(p, _pixels(run, p)) for p in cells if p.cell.dataset == dataset]
+        found = [(p, pixels) for p, pixels in found if pixels is not None]
         if any(p.cell.method != RANDOM for p, _ in found):
             break
     else:
@@ -32,9 +34,8 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
     first = setting_of(run.lab, found[0][0].setup)
     shown = torch.linspace(0, len(first.train.classes) - 1, min(classes, len(first.train.classes))).long()
     figure, axes = drawing.axes_of(0.75 * len(shown) + 1, 0.8 * len(found) + 0.3, len(found), len(shown))
-    for row, (planned, made) in enumerate(found):
-        pixels = setting_of(run.lab, planned.setup).pixels(tested_images(made.tensors())[shown])
-        for column, image in enumerate(pixels):
+    for row, (planned, pixels) in enumerate(found):
+        for column, image in enumerate(pixels[shown]):
             drawing.show_image(axes[row, column], image.expand(3, -1, -1))
         method = "random real" if planned.cell.method == RANDOM else planned.cell.method
         axes[row, 0].set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
@@ -47,6 +48,18 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
     if found[0][0].cell.method == RANDOM:
         text += " The first row is real."
     return drawing.captioned(figure, text, run)
+
+
+def _pixels(run: Run, planned: Planned) -> Tensor | None:
+    """The set behind a cell's number, as pixels [M, C, H, W]: kept beside the results, or in the store; or None."""
+    stages = run.results.get(planned.cell.id, {}).get("stages", ())
+    keys = {stage["key"] for stage in stages if stage["stage"] == "distill"}
+    for path in sorted((run.folder / "sets").glob("*.safetensors")):
+        kept = distilled.load(path)
+        if kept.settings.get("stage") in keys:
+            return kept.images
+    made = drawing.entry(run, planned, "distill")
+    return None if made is None else setting_of(run.lab, planned.setup).pixels(tested_images(made.tensors()))
 
 
 def figure_accuracy(run: Run) -> Figure | None:
