@@ -358,7 +358,7 @@ def score(
         epoch, done = divmod(state.step, per_epoch)
         if done == 0:
             state.order = torch.randperm(count, generator=generator)
-        left = state.order[done * config.batch : (done + total - state.step) * config.batch]
+        left, before = state.order[done * config.batch : (done + total - state.step) * config.batch], state.step
         for x, rows in read(left, config.batch, epoch):
             if state.step == drop and config.schedule == "step":  # students get a new optimiser here, without velocity
                 for velocity in state.velocity.values():
@@ -375,6 +375,8 @@ def score(
                 state.p_true[number], state.el2n[number] = scores
             if on_step:
                 on_step(state)
+        if state.step == before:
+            raise ValueError(f"none of the {len(left)} images left of epoch {epoch} could be read")
     return {"p_true": state.p_true, "el2n": state.el2n}
 
 
@@ -585,8 +587,8 @@ def synthesise(
 
     images uint8 [N, C, H, W], labels int64 [N], scores [N]; size: side of what is made, H by default; sizes: int64
     [N, 2], height and width where the images lie on a canvas.  Where they do not fit into memory, `images` is a
-    function that reads those of some rows, int64 [n] -> (images, sizes), and `size` is given.  Returns images float32
-    [K*I, C, size, size] in [0, 1], truncated to 8 bits, and labels int64 [K*I].
+    function that reads those of some rows, int64 [n] -> (images, sizes), and `size` is given.  Returns images uint8
+    [K*I, C, size, size], truncated, and labels int64 [K*I].
     """
     labels = labels.cpu()
     if callable(images):
@@ -605,7 +607,7 @@ def synthesise(
         )
         # 1e-3: weights that add up to a little less than 1 must not cost an even area a level.
         made.append((stitch(patches, config.factor, size) + 1e-3).to(torch.uint8))
-    return torch.cat(made) / 255, torch.arange(classes).repeat_interleave(config.ipc)
+    return torch.cat(made), torch.arange(classes).repeat_interleave(config.ipc)
 
 
 # ---------------------------------------------------------------- both
@@ -680,7 +682,7 @@ def distill(
     scores = dynamic_score(found["p_true" if config.score == "prob" else "el2n"], window, windows, config.include_last)
     if config.method == "ca2d":
         made, of = synthesise(teacher, images, labels, scores, config, mean=mean, std=std, generator=generator)
-        return {"images": made, "labels": of, "scores": scores}
+        return {"images": made / 255, "labels": of, "scores": scores}
     indices = prune(scores, labels.cpu(), config.ipc)
     return {
         "images": images[indices.to(images.device)].cpu(), "labels": labels.cpu()[indices], "indices": indices,

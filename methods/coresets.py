@@ -165,7 +165,9 @@ RUN_FIELDS = (
 # "augment" is what `score` is to be given: crop-flip, crop, dsa, rrc-flip or none.  Sources: data_diet (early and
 # dynamics), behaapyy/dual-pruning (dual), DeepCore (gradients), DC-Bench's evaluator (features); lengths for
 # Tiny-ImageNet and ImageNet are ours.
-_COSINE = {"schedule": "cosine", "weight_decay": 1e-4, "epoch": 10, "dual_epochs": 60, "beta_power": 6.0}
+_COSINE = {
+    "schedule": "cosine", "weight_decay": 1e-4, "nesterov": False, "epoch": 10, "dual_epochs": 60, "beta_power": 6.0,
+}  # fmt: skip
 _FEATURES = {"epochs": 100, "lr": 0.01, "nesterov": False, "milestones": (50,), "gamma": 0.1, "batch": 256}
 _TINY = {"epochs": 100, "milestones": (30, 60, 80)}
 _IMAGENET = {**_COSINE, "epochs": 90, "batch": 256}
@@ -415,6 +417,8 @@ class _Run:
                 p = logits.detach().softmax(1)
                 seen.append(torch.stack([p.gather(1, y[:, None])[:, 0], (p.argmax(1) == y).to(p)]))
                 chosen.append(rows)
+        if not chosen:
+            raise ValueError(f"none of the {len(labels)} images could be read")
         rows = torch.cat(chosen)
         mean = float(total) / len(rows)
         if not math.isfinite(mean):

@@ -136,8 +136,10 @@ PUBLISHED_DWA: dict[tuple[str, int | None], dict] = {
     ("cifar10", None): {**_CIFAR, **_DWA},
     ("cifar100", None): {**_CIFAR, **_DWA},
     ("tiny-imagenet", None): {**_DWA, "lr": 0.1, "iterations": 2000, "jitter": 4, "batch": 200, "in_flight": 200},
-    ("imagenet-1k", None): {**_DWA, "lr": 0.25, "iterations": 2000, "var_weight": 2.0, "perturb_steps": 15},
-}
+    **{(name, None): {**_DWA, "lr": 0.25, "iterations": 2000, "var_weight": 2.0, "perturb_steps": 15}
+       for name in ("imagenet-1k", "imagenette")},
+    ("digits", None): {**_CIFAR, **_DWA},  # ours, as CIFAR
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- looking into a teacher
@@ -255,7 +257,7 @@ def perturbed(teacher: nn.Module, views: Iterator[Tensor], labels: Tensor, confi
             loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
             ascent = torch.autograd.grad(loss, weights)
             teacher.requires_grad_(False)
-            length = torch.stack([g.norm() for g in ascent]).norm()  # one for all weights
+            length = torch.stack([g.norm() for g in ascent]).norm().clamp(min=1e-12)  # one for all weights
             for w, g in zip(weights, ascent, strict=True):
                 w.add_(g * (config.perturb / config.perturb_steps / length))
         yield
@@ -454,15 +456,15 @@ def recover(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     generator: torch.Generator,
-    start: Tensor | None = None,
+    start: Callable[[Tensor], Tensor] | None = None,
     part: slice = slice(None),
     state: RecoverState | None = None,
     on_step: Callable[[RecoverState], None] | None = None,
 ) -> Tensor:
     """Optimise the images on the teacher's device: float32 [K*I, C, size, size] in [0, 1] pixel space, on the CPU.
 
-    start: the first images for init=real, in the same form, all of them.  part: the passes to do, all by default; then
-    the images are those of these passes, by ascending number.
+    start: for init=real what gives the first images of some numbers, int64 [n] -> [n, C, size, size] in [0, 1].
+    part: the passes to do, all by default; then the images are those of these passes, by ascending number.
     `state` continues an earlier run, `on_step` sees the state after every step.  Raises FloatingPointError when the
     loss is not finite (looked at every 50 steps).
     """
@@ -495,6 +497,7 @@ def recover(
             draws = torch.Generator().manual_seed(int(state.seeds[state.number]) ^ 1)
             for _ in range(config.perturb_steps if config.perturb else 0):
                 yield see(first, random_view(size, least_area(config, 0), roll, draws))
+                gaps.clear()  # what these passes leave
 
         run = torch.compile(loss_of, dynamic=False) if config.compile else loss_of
         while state.number < len(plan):
@@ -505,7 +508,7 @@ def recover(
             if start is None:
                 first = torch.randn(len(number), channels, size, size, generator=begun)
             else:
-                first = (start[number] - shift) / scale
+                first = (start(number) - shift) / scale
             generator = begun if fresh else state.begin()
             x = (first if fresh else state.images[here]).clone().to(device).requires_grad_()
             adam = torch.optim.Adam([x], betas=(0.5, 0.9))
@@ -589,7 +592,8 @@ def distill(
     """
     classes, start = int(labels.max()) + 1, None
     if config.init == "real":
-        start = images[drawn(labels.cpu(), config.ipc, generator).to(images.device)].cpu().float() / 255
+        rows = drawn(labels.cpu(), config.ipc, generator)
+        start = lambda number: images[rows[number].to(images.device)].cpu().float() / 255  # noqa: E731
     pixels = recover(
         teacher, classes, config, size=images.shape[-1], channels=images.shape[1], mean=mean, std=std,
         generator=generator, start=start, state=state, on_step=on_step,

@@ -47,7 +47,9 @@ def random(lab: Lab, setup: Setup, seed: int) -> Stage:
         g = rng(seed, "random")
         rows = [train.class_indices(k) for k in range(len(train.classes))]
         chosen = torch.cat([r[torch.randperm(len(r), generator=g)[:ipc]] for r in rows])
-        pixels = real_views(train, chosen, setup).cpu().float() / 255
+        pixels = real_views(train, chosen, setup).cpu()
+        if not isinstance(train, Stream):  # those stay bytes: a hundred of each class of ImageNet-1K are 15 GB
+            pixels = pixels.float() / 255
         tensors = {"images": pixels, "labels": train.labels.cpu()[chosen]}
         return distilled_set(tensors, {"method": "random"}, train)
 
@@ -199,7 +201,7 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         start = None
         if config.init == "real":
             rows = sre2l.drawn(train.labels.cpu(), config.ipc, rng(0, "start"))
-            start = real_views(train, rows, setup).cpu().float() / 255
+            start = lambda number: real_views(train, rows[number], setup).cpu().float() / 255  # noqa: E731
         images = sre2l.recover(
             checked(lab, setup, teacher), classes, config, size=setup.size, channels=len(train.mean), mean=train.mean,
             std=train.std, generator=rng(0, "sre2l"), start=start, part=part, state=state, on_step=on_step,
@@ -357,9 +359,13 @@ def readable(train: Dataset | Stream, rows: Tensor, setup: Setup) -> tuple[Tenso
     """Centre views uint8 [B, C, size, size] of some training images and which ones these are, int64 [B]: a stream
     leaves out what cannot be read."""
     if isinstance(train, Stream):
-        parts = list(train.batches(rows, 256, setup.size, "center", 0, 0))
-        pixels = [torch.empty(0, train.channels, setup.size, setup.size, dtype=torch.uint8), *(p[0] for p in parts)]
-        return torch.cat(pixels), torch.cat([rows[:0].cpu(), *(p[2] for p in parts)])
+        pixels = torch.empty(len(rows), train.channels, setup.size, setup.size, dtype=torch.uint8)
+        found = torch.empty(len(rows), dtype=torch.int64)
+        count = 0
+        for images, _, chosen in train.batches(rows, 256, setup.size, "center", 0, 0):
+            here = slice(count, count + len(chosen))
+            pixels[here], found[here], count = images, chosen, here.stop
+        return pixels[:count], found[:count]
     return train.center(setup.size, rows, shorter=setup.shorter), rows
 
 

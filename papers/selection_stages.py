@@ -110,7 +110,7 @@ def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Sta
             lab.restored(teacher[0]), train.images, train.labels, score, config, mean=data.mean, std=data.std,
             generator=rng(seed, "crops"),
         )  # fmt: skip
-        return _set(on, {"images": on.inputs(made.to(on.device)), "labels": labels})
+        return _set(on, {"images": on.inputs(made.to(on.device) / 255), "labels": labels})
 
     settings = {**matching.facts(on, seed), "method": "cad", "config": _named(config)}
     what = f"{'CAD-Prune' if config.method == 'cad' else 'CA2D'}, {setup.run_on}, IPC {ipc}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ from common import networks
 from common.augment import rng
 from common.datasets import Dataset, Stream
 from common.networks import forward_flops
+from common.protocols import large_scale
 from common.selection import Scored, scored
 from common.store import Checkpoint, Product
 from common.train import accuracy, fit
-from common.views import normalise
+from common.views import Recipe, normalise
 from methods import cad, coresets
 from papers.image_stages import checked, distilled_set, readable, real_views, untrained
 from papers.selection_stages import SELECTS
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["IMAGES"]
 
+HARD = "hard-truths-large-hard"  # the protocol of students that EL2N-Best is chosen by
 STREAMED = "rrc-flip"  # the one augmentation that a stream has
+RANKS = ("dyn_unc", "dual", "dual_beta", "el2n", "el2n_best", "grand", "entropy")  # by scores that are 0 if not read
 AT_ONCE = 4096  # held-out images in memory
 
 
@@ -40,8 +44,8 @@ def on_disk(lab: Lab, setup: Setup) -> Scored:
         raise ValueError(f"{setup.dataset} is in memory; without `streamed: true` it is chosen from there")
 
     def read(rows: Tensor, batch: int, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        view = "center" if epoch is None else "random"
-        for images, _, chosen in train.batches(rows, batch, setup.size, view, 0, epoch or 0, gaps=False):
+        view, gaps = ("center", True) if epoch is None else ("random", False)  # steps are counted
+        for images, _, chosen in train.batches(rows, batch, setup.size, view, 0, epoch or 0, gaps=gaps):
             yield images, chosen
 
     def make(generator: torch.Generator) -> torch.nn.Module:
@@ -50,18 +54,29 @@ def on_disk(lab: Lab, setup: Setup) -> Scored:
     return Scored(read, train.labels, make, lambda x: normalise(x, train.mean, train.std), lab.device)
 
 
+@functools.cache  # seconds with a million labels, and cells share them
+def _checked(config: coresets.Config, train: Stream) -> None:
+    coresets.check(config, train.labels)
+
+
+@functools.cache
+def _checked_cad(config: cad.Config, train: Stream, network: str, size: int) -> None:
+    net = untrained(network, len(train.classes), size) if config.method == "ca2d" else None
+    cad.check(config, train.whole, train.labels, net, size=size)
+
+
 def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """One set serves all seeds of students."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items()}
     if (kind := options.pop("augment", STREAMED)) != STREAMED:
         raise ValueError(f"augment={kind!r}: {setup.dataset} is streamed from disk; allowed: {STREAMED}")
     config, train = coresets.Config(**{"precision": lab.precision, **options}), lab.data(setup.dataset, "train")
-    if coresets.METHODS[config.method] in ("none", "features", "gradients"):
+    if config.method not in RANKS:
         raise ValueError(
-            f"method={config.method!r} compares images with each other, and {setup.dataset} is streamed from disk; "
-            "allowed: what ranks images by a score of their own"
+            f"method={config.method!r} compares images with each other, or takes one that cannot be read for good; "
+            f"{setup.dataset} is streamed from disk; allowed: {', '.join(RANKS)}"
         )
-    coresets.check(config, train.labels)
+    _checked(config, train)
     on, flops = on_disk(lab, setup), forward_flops(setup.network, setup.size)
     run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
 
@@ -76,19 +91,21 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     def build(work: Path) -> Product:
         found = coresets.select(
             coresets.Bank.restore(lab.entry(bank).tensors()), train.labels, config, generator=rng(0, "selection"),
-            device=lab.device, accuracy=_trial(lab, setup, train, work),
+            device=lab.device, accuracy=_trial(lab, setup, train, recipe, work),
         )  # fmt: skip
         tried = {"betas": coresets.BETAS, "accuracies": found["accuracies"].tolist()} if tries else {}
         return _chosen(train, found["indices"], setup, {"method": "coresets", **tried})
 
     settings = {"method": "coresets", "config": asdict(config), "size": setup.size, "seed": 0}
-    settings |= {"network": setup.network, "student": asdict(setup.student)} if tries else {}
-    views = 3 * setup.student.epochs * config.ipc * len(train.classes) + len(train) / 10
+    recipe = Recipe(**large_scale(HARD, config.ipc, len(train.classes)))  # the same set under every label regime
+    recipe = replace(recipe, epochs=setup.student.epochs, batch=setup.student.batch)
+    settings |= {"network": setup.network, "student": asdict(recipe)} if tries else {}
+    views = 3 * recipe.epochs * config.ipc * len(train.classes) + len(train) / 10
     what = f"{config.method} images, {setup.run_on}, IPC {config.ipc}"
     return lab.stage("distill", settings, (train.fingerprint, bank), build, tries * views * flops, what, bank)
 
 
-def _trial(lab: Lab, setup: Setup, train: Stream, work: Path) -> Callable[[Tensor, Tensor], float]:
+def _trial(lab: Lab, setup: Setup, train: Stream, recipe: Recipe, work: Path) -> Callable[[Tensor, Tensor], float]:
     """accuracy(chosen, held out) of a student under hard labels, resumable: what EL2N-Best asks for each window."""
     asked = itertools.count()
 
@@ -98,7 +115,7 @@ def _trial(lab: Lab, setup: Setup, train: Stream, work: Path) -> Callable[[Tenso
         net = networks.make(setup.network, classes=len(train.classes), size=setup.size, generator=rng(0, "student"))
         number = next(asked)
         net = fit(
-            net, own.to(lab.device), setup.student, size=setup.size, seed=0, device=lab.device, dtype=lab.dtype,
+            net, own.to(lab.device), recipe, size=setup.size, seed=0, device=lab.device, dtype=lab.dtype,
             checkpoint=Checkpoint(work / f"window{number}.safetensors"), description=f"window {number}",
         )  # fmt: skip
         right, seen = 0.0, 0
@@ -115,10 +132,8 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """CAD-Prune and CA2D; one set serves all seeds of students."""
     budget = {"precision": lab.precision, "student_epochs": setup.student.epochs}  # the budget that is matched
     config, train = cad.Config(**{**budget, **setup.distill}), lab.data(setup.dataset, "train")
-    on = on_disk(lab, setup)
-    crops = config.method == "ca2d"
-    net = untrained(setup.network, len(train.classes), setup.size) if crops else None
-    cad.check(config, on.images, train.labels, net, size=setup.size)
+    on, crops = on_disk(lab, setup), config.method == "ca2d"
+    _checked_cad(config, train, setup.network, setup.size)
     teacher = (lab.teacher(setup),) if crops else ()
     looks, window, windows, steps = cad.schedule(config, len(train.classes), len(train))
 
@@ -144,7 +159,9 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
     settings = {"method": "cad", "config": asdict(config), "size": setup.size, "seed": 0}
     what, needs = f"{'CA2D' if crops else 'CAD-Prune'}, {setup.run_on}, IPC {config.ipc}", (scores, *teacher)
-    return lab.stage("distill", settings, (train.fingerprint, *needs), build, 0.0, what, *needs)
+    looked = crops * len(train.classes) * cad.resolved(config, setup.size).pool * config.crops
+    cost = looked * forward_flops(setup.network, setup.size)
+    return lab.stage("distill", settings, (train.fingerprint, *needs), build, cost, what, *needs)
 
 
 def _chosen(train: Stream, rows: Tensor, setup: Setup, meta: dict) -> Product:

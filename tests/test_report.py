@@ -367,3 +367,22 @@ def test_committed_tables_say_the_statuses_of_their_rows():
         lines = [render._wrapped(f"- {line}") for line in render._statuses(rows, layout)]
         stale += [] if all(line in page for line in lines) else [str(file)]
     assert not stale
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+@pytest.mark.parametrize("name", plan.papers())
+def test_every_table_has_a_place_for_every_number_of_its_scale(name, scale):
+    """A layout too narrow for the cells would show only when all of them have run."""
+    loaded = plan.load_paper(name)
+    cells = [c for c in loaded.cells_at(scale) if c.table in loaded.tables]
+    results = [
+        cell(**c.key(), label_regime=c.label_regime, cell=c.id)
+        for c in cells if c.dataset in loaded.scales[scale]["data"]
+    ]  # fmt: skip
+    planned = [c.key() | {"label_regime": c.label_regime} for c in cells]
+    numbers = report.load_reported(plan.ROOT / name / "reported.csv")
+    assert results
+    for table, layout in loaded.tables.items():
+        options = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}
+        rows = report.table_rows(table, planned, results, numbers, True, **options)
+        assert not rows or report.terminal(rows, layout)

@@ -336,7 +336,7 @@ FIRST = torch.rand(8, 3, 16, 16, generator=rng("first"))
 def test_dwa_takes_the_steps_of_a_loop_written_from_its_formulas(teacher):
     """The teacher of each batch is moved up the loss of what the batch starts from, in a copy of its own."""
     kept = {name: v.clone() for name, v in teacher.state_dict().items()}
-    ours = recover(teacher, DWA, seed=6, start=FIRST)
+    ours = recover(teacher, DWA, seed=6, start=FIRST.__getitem__)
     assert all(torch.equal(v, kept[name]) for name, v in teacher.state_dict().items())
     plan = [[0, 2], [1, 3], [4, 6], [5, 7]]  # image j of class k is number 2 k + j; a batch is two classes
     assert [rows.tolist() for rows in sre2l.passes(4, DWA)] == [[one] for one in plan]
@@ -375,10 +375,10 @@ def test_dwa_takes_the_steps_of_a_loop_written_from_its_formulas(teacher):
 def test_dwa_continues_bit_for_bit(teacher):
     saved = []
     keep = lambda state: saved.append({name: t.clone() for name, t in state.tensors().items()})  # noqa: E731
-    whole = recover(teacher, DWA, start=FIRST, on_step=keep)
+    whole = recover(teacher, DWA, start=FIRST.__getitem__, on_step=keep)
     for step in (2, 7, 12):
         state = sre2l.RecoverState.restore(saved[step])
-        assert torch.equal(recover(teacher, DWA, seed=9, start=FIRST, state=state), whole)
+        assert torch.equal(recover(teacher, DWA, seed=9, start=FIRST.__getitem__, state=state), whole)
 
 
 def test_dwa_starts_from_random_real_images(teacher):
@@ -394,7 +394,7 @@ def test_dwa_starts_from_random_real_images(teacher):
     with pytest.raises(ValueError, match="init='real', but first images were not given"):
         recover(teacher, DWA)
     with pytest.raises(ValueError, match="init='noise', but first images were given"):
-        recover(teacher, QUICK, start=FIRST)
+        recover(teacher, QUICK, start=FIRST.__getitem__)
 
 
 def test_moments_start_fresh_and_pixels_stay_in_range(teacher):

@@ -12,7 +12,7 @@ from common.datasets import load
 from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
-from papers import image_stages, setups
+from papers import image_stages, setups, stream_stages
 from papers.plan import load_paper
 from papers.stages import Lab
 from tests.image_trees import damage, tree
@@ -70,6 +70,25 @@ def test_cad_never_keeps_what_it_cannot_read():
     found = scored(cad, Reader(lacking=(3, 8)), PRUNE)["p_true"]
     assert (found[:, [3, 8]] == 0).all() and (found[:, [4, 9]] > 0).all()
     assert not {3, 8} & set(cad.prune(cad.dynamic_score(found, 3, 2), LABELS, 10).tolist())
+
+
+def test_a_reader_that_gives_nothing_is_named():
+    with pytest.raises(ValueError, match="none of the 40 images left of epoch 0 could be read"):
+        scored(cad, lambda *_: iter(()), PRUNE)
+    with pytest.raises(ValueError, match="none of the 40 images could be read"):
+        scored(coresets, lambda *_: iter(()), RANK)
+
+
+@pytest.mark.parametrize("method", stream_stages.RANKS)
+def test_every_method_of_a_stream_ranks_unread_images_last(method):
+    config = replace(RANK, method=method, ipc=19, epoch=2, dual_epochs=3)
+    bank = scored(coresets, Reader(lacking=(3, 8)), config, final=False)
+    if method == "el2n_best":  # its windows leave some of the hardest out, and end before the last
+        score = coresets.image_score(bank, config, [], "cpu")
+        assert score[[3, 8]].max() == 0 < score[[4, 9]].min()
+    else:
+        found = coresets.select(bank, LABELS, config, generator=rng(0))["indices"].tolist()
+        assert not {3, 8} & set(found) and len(found) == 38
 
 
 def test_a_bank_of_images_that_are_read_is_that_of_images_in_memory():
@@ -150,13 +169,14 @@ def test_crops_are_cut_from_a_stream(lab):
     published, small, algorithm = cell("table7/imagenet-1k/ca2d/hl/resnet-18/10", student_epochs=18, pool=9, factor=2)
     assert published.distill["window"] == 6
     tensors = lab.entry(lab.images(small, algorithm, 0)).tensors()
-    assert tensors["images"].shape == (4, 3, 32, 32) and tensors["images"].is_floating_point()
+    assert tensors["images"].shape == (4, 3, 32, 32) and tensors["images"].dtype == torch.uint8
 
 
 def test_what_a_stream_cannot_give_is_named_when_it_is_planned(lab):
     _, small, _ = cell("table7/imagenet-1k/dual/hl/resnet-18/50")
     for changes, words in (
-        ({"method": "kmeans"}, "method='kmeans' compares images with each other, and own is streamed"),
+        ({"method": "kmeans"}, "method='kmeans' compares images with each other.*allowed: dyn_unc, dual"),
+        ({"method": "margin"}, "method='margin'.*takes one that cannot be read for good; own is streamed"),
         ({"augment": "dsa"}, "augment='dsa': own is streamed from disk; allowed: rrc-flip"),
         ({"ipc": 13}, "ipc=13: the largest class has 12 images"),
     ):
