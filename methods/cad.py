@@ -330,20 +330,24 @@ def score(
     device: torch.device | str = "cpu",
     state: State | None = None,
     on_step: Callable[[State], None] | None = None,
+    every: bool = True,
 ) -> dict[str, Tensor]:
     """The compute-matched run on images [N, C, H, W] and labels int64 [N] -> {"p_true", "el2n"}: float32 [S, N] each.
 
     make_network(generator): a fresh network on the CPU.  prepare: images, moved to the device -> network input; None:
     they are floats already.  augment: `draw(rows, generator, siamese=False)` and `augment(images, draw)`, or None.
-    Where they do not fit into memory, `images` is a function that reads them (see `reader`), and augments them itself.
-    `state` continues an earlier run, `on_step` sees the state after each step.  Raises FloatingPointError when the
-    weights are not finite (looked at every 50 steps and at each snapshot).
+    Where they do not fit into memory, `images` is a function that reads them (see `reader`), and augments them itself;
+    every=False leaves zeros in place of the snapshots that `dynamic_score` will not read.  `state` continues an earlier
+    run, `on_step` sees the state after each step.  Raises FloatingPointError when the weights are not finite (looked at
+    every 50 steps and at each snapshot).
     """
     if prepare is None and not callable(images) and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; pass network input as floats, or prepare= that makes it")
     count, labels = len(labels), labels.cpu()
     classes, per_epoch = int(labels.max()) + 1, math.ceil(count / config.batch)
-    looks, _, _, total = schedule(config, classes, count)
+    looks, window, windows, total = schedule(config, classes, count)
+    first = 0 if every else _first(len(looks), window, windows, config.include_last)
+    wanted = range(len(looks) if every else first + window + windows - 1)[first:]
     drop, whole = drop_step(config, classes, count), whole_steps(config, classes, count)
     run = _Network(make_network(generator), labels, config, prepare, torch.device(device))
     read = reader(images, run.device)
@@ -369,8 +373,7 @@ def score(
             state.step, state.generator = state.step + 1, generator.get_state()
             if state.step % 50 == 0 or state.step in looks:
                 state.check()
-            if state.step in looks:
-                number = looks.index(state.step)
+            if state.step in looks and (number := looks.index(state.step)) in wanted:
                 scores = run.scores(read(torch.arange(count), config.batch, None))
                 state.p_true[number], state.el2n[number] = scores
             if on_step:

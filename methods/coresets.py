@@ -52,7 +52,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -289,6 +289,7 @@ def score(
     device: torch.device | str = "cpu",
     state: State | None = None,
     on_step: Callable[[State], None] | None = None,
+    looks: Collection[int] | None = None,
     final: bool = True,
 ) -> Bank:
     """Train a network on images [N, C, H, W], labels int64 [N], and look at the clean images after each epoch.
@@ -297,8 +298,9 @@ def score(
     to the device -> network input; None: they are floats already.  augment: `draw(rows, generator, siamese=False)` and
     `augment(images, draw)`, or None.  `state` continues an earlier run, `on_step` sees the state after each epoch.
     Where they do not fit into memory, `images` is a function that reads them (see `reader`), and augments them itself;
-    final=False keeps no features and errors of the last epoch, the largest arrays of a bank.  Raises
-    FloatingPointError for an epoch whose loss is not finite.
+    looks: the epochs, from 1, after which it looks (None: all; other rows of the bank stay 0); final=False keeps no
+    features and errors of the last epoch, the largest arrays of a bank.  Raises FloatingPointError for an epoch whose
+    loss is not finite.
     """
     if not callable(images):
         _checked(images, labels, prepare)
@@ -324,7 +326,8 @@ def score(
 
     while state.step < epochs:
         state.loss = run.train(read, labels, state, augment, generator)
-        run.look(read, labels, state.bank, state.step, final)
+        if looks is None or state.step + 1 in looks:
+            run.look(read, labels, state.bank, state.step, final)
         state.weights, state.momentum = run.net.state_dict(), run.momentum()
         state.generator, state.step = generator.get_state(), state.step + 1
         if state.step == epochs:

@@ -34,6 +34,7 @@ __all__ = ["IMAGES"]
 HARD = "hard-truths-large-hard"  # the protocol of students that EL2N-Best is chosen by
 STREAMED = "rrc-flip"  # the one augmentation that a stream has
 RANKS = ("dyn_unc", "dual", "dual_beta", "el2n", "el2n_best", "grand", "entropy")  # by scores that are 0 if not read
+READS = ("window", "windows", "include_last")  # the snapshots that a scoring run of cad.py looks at here
 AT_ONCE = 4096  # held-out images in memory
 
 
@@ -80,12 +81,17 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     on, flops = on_disk(lab, setup), forward_flops(setup.network, setup.size)
     run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
 
+    looks = {"early": (config.epoch,), "dual": ()}.get(coresets.METHODS[config.method])  # None: every epoch
+
     def score(work: Path) -> Product:
-        return Product(scored(work, on, coresets, config, None, 0, config.trained, final=False).tensors(), {})
+        bank = scored(work, on, coresets, config, None, 0, config.trained, looks=looks, final=False)
+        return Product(bank.tensors(), {})
 
     settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": STREAMED}
+    settings["looks"] = looks
+    passes = 3.0 * config.trained + (config.trained if looks is None else len(looks))
     what = f"scores of {setup.run_on}, {config.trained} epochs"
-    bank = lab.stage("bank", settings, (train.fingerprint,), score, config.trained * 4.0 * len(train) * flops, what)
+    bank = lab.stage("bank", settings, (train.fingerprint,), score, passes * len(train) * flops, what)
     tries = len(coresets.BETAS) if config.method == "el2n_best" else 0
 
     def build(work: Path) -> Product:
@@ -135,14 +141,14 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     on, crops = on_disk(lab, setup), config.method == "ca2d"
     _checked_cad(config, train, setup.network, setup.size)
     teacher = (lab.teacher(setup),) if crops else ()
-    looks, window, windows, steps = cad.schedule(config, len(train.classes), len(train))
+    _, window, windows, steps = cad.schedule(config, len(train.classes), len(train))
 
     def score(work: Path) -> Product:
-        return Product(scored(work, on, cad, config, None, 0, steps), {})
+        return Product(scored(work, on, cad, config, None, 0, steps, every=False), {})
 
-    run = {name: value for name, value in asdict(config).items() if name not in SELECTS}
+    run = {name: value for name, value in asdict(config).items() if name not in SELECTS or name in READS}
     settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": STREAMED}
-    cost = (3.0 * steps * config.batch + len(looks) * len(train)) * forward_flops(setup.network, setup.size)
+    cost = (3.0 * steps * config.batch + (window + windows - 1) * len(train)) * forward_flops(setup.network, setup.size)
     what = f"compute-matched scores, {setup.run_on}, {steps} steps"
     scores = lab.stage("trajectory", settings, (train.fingerprint,), score, cost, what)
 

@@ -72,6 +72,23 @@ def test_cad_never_keeps_what_it_cannot_read():
     assert not {3, 8} & set(cad.prune(cad.dynamic_score(found, 3, 2), LABELS, 10).tolist())
 
 
+def test_snapshots_that_no_window_reads_are_left_out():
+    config = replace(PRUNE, student_epochs=80, window=3)  # eight snapshots, the windows read the fourth to the seventh
+    reader, whole = Reader(), scored(cad, PIXELS, config)["p_true"]
+    found = scored(cad, reader, config, every=False)["p_true"]
+    assert [row.any().item() for row in found] == [False] * 3 + [True] * 4 + [False]
+    assert sum(epoch is None for *_, epoch in reader.asked) == 4
+    assert torch.equal(cad.dynamic_score(found, 3, 2), cad.dynamic_score(whole, 3, 2))
+
+
+def test_a_bank_looks_after_the_epochs_asked_for():
+    reader, whole = Reader(), scored(coresets, PIXELS, RANK)
+    found = scored(coresets, reader, RANK, looks=(2,))
+    assert sum(epoch is None for *_, epoch in reader.asked) == 1 and torch.equal(found.el2n[1], whole.el2n[1])
+    assert torch.equal(found.p_true_train, whole.p_true_train) and not found.el2n[[0, 2, 3]].any()
+    assert scored(coresets, PIXELS, RANK, looks=()).p_true is None
+
+
 def test_a_reader_that_gives_nothing_is_named():
     with pytest.raises(ValueError, match="none of the 40 images left of epoch 0 could be read"):
         scored(cad, lambda *_: iter(()), PRUNE)
