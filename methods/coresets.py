@@ -1000,7 +1000,7 @@ def _classes(labels: Tensor, config: Config) -> list[Tensor]:
         raise ValueError(f"class {int(counts.argmin()) if len(counts) else 0} has no images")
     if config.ipc > counts.max():
         raise ValueError(f"ipc={config.ipc}: the largest class has {int(counts.max())} images, nothing would be chosen")
-    return [(labels == k).nonzero().flatten() for k in range(len(counts))]
+    return list(labels.argsort(stable=True).split(counts.tolist()))
 
 
 if __name__ == "__main__":
