@@ -6,6 +6,7 @@ The block between the two markers is generated and a test compares it with the f
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -79,15 +80,16 @@ def matching(tables: Path, scale: str) -> str:
     found = {(c["method"], c["ipc"]): c for c in cells}
     ipcs = sorted({ipc for _, ipc in found})
     heads = ["method", *(f"IPC {ipc}, {whose}" for ipc in ipcs for whose in ("ours", "printed"))]
-    fewer = ", a fraction of the iterations" * (scale == "small")
-    head = f"`paper=matching scale={scale}`, {made_on(cells)}, ConvNet, the last iterate{fewer}:"
+    after = "the last iterate, of so many iterations (it.)"
+    head = f"`paper=matching scale={scale}`, {made_on(cells)}, ConvNet, {after}:"
     lines = [head, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in dict.fromkeys(m for m, _ in found):
         row = [method]
         for ipc in ipcs:
             cell = found.get((method, ipc))
             name = "Random" if method == RANDOM else method
-            row += [spread(cell) if cell else "not run"]
+            steps = cell and cell["settings"]["distill"].get("iterations")
+            row += [(spread(cell) + (f", {steps:,} it." if steps else "")) if cell else "not run"]
             row += [str(printed.get(("CIFAR-10", name, ipc), "-")) + ", other protocol" * (method == RANDOM)]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -197,8 +199,9 @@ def by_label(cells: list[dict], methods: tuple[str, ...], printed: dict[tuple[st
 
 
 def made_on(cells: list[dict]) -> str:
-    """What the results were made with."""
-    return "; ".join(dict.fromkeys(cell["run_on"] for cell in cells))
+    """What the results were made with; of several wordings for the same data and size, the last one."""
+    words = {re.sub(r" \(.*?\)|, from files.*", "", cell["run_on"]): cell["run_on"] for cell in cells}
+    return "; ".join(words.values())
 
 
 def spread(cell: dict) -> str:
