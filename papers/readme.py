@@ -22,8 +22,7 @@ STATUS = f"""\
 How many printed numbers have one of ours beside them: at `smoke`, on digits; at `small`, on the same real images,
 reduced; at `paper`, as published (reproduced: two standard errors and {TOLERANCE_POINTS:g} point apart at most)."""
 NOTE = """\
-Top-1 accuracy in percent after the last epoch, mean ± standard deviation (students); guessing has 10. *not run*: days
-of a CPU. Settings, seeds, seconds, hardware and commit of every number: [docs/claims.md](docs/claims.md)."""
+Top-1 accuracy (%) after the last epoch, mean ± standard deviation (students); all about them: [claims](docs/claims.md)."""
 BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end of results -->"
 
 
