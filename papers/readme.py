@@ -22,7 +22,7 @@ STATUS = f"""\
 How many printed numbers have one of ours beside them: at `smoke`, on digits; at `small`, on the same real images,
 reduced; at `paper`, as published (reproduced: two standard errors and {TOLERANCE_POINTS:g} point apart at most)."""
 NOTE = """\
-Top-1 accuracy (%) after the last epoch, mean ± standard deviation (students); all about them: [claims](docs/claims.md)."""
+Top-1 accuracy (%) after the last epoch, mean ± standard deviation (students); all facts: [claims](docs/claims.md)."""
 BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end of results -->"
 
 
@@ -59,7 +59,7 @@ def status(tables: Path) -> str:
         totals.update(printed=len(printed), small=len(beside["small"]), near=near, paper=len(found))
     sum_of = (
         f"**{totals['printed']} printed numbers; {totals['small']} run on the same real images, reduced,"
-        f" {totals['near']} of them within 2 points;\n{totals['paper']} run at published settings, which take GPUs.**"
+        f" {totals['near']} within 2 points; {totals['paper']} run at published settings.**"
     )
     return "\n".join([sum_of, "", STATUS, "", heads, *lines])
 
