@@ -19,8 +19,9 @@ from common.scaling import GRIDS
 from methods import coresets
 from papers import drawing
 from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman, very_poor
-from papers.matching_stages import MatchingSetup, setting_of, teacher_logits
+from papers.matching_stages import setting_of, teacher_logits
 from papers.measured_stages import GRID
+from papers.setups import Setup
 
 if TYPE_CHECKING:
     from papers.runner import Run
@@ -330,7 +331,7 @@ def figure3(run: Run) -> Figure | None:
 def figure_scores(run: Run, most: int = 5000) -> Figure | None:
     """EL2N against EL2N-SL of `most` training images, evenly spaced: distributions, and how the two rank."""
     cells = [p for p in run.planned if p.cell.algorithm == "coreset" and p.stages and not p.cell.teacher]
-    cells = [p for p in cells if isinstance(p.setup, MatchingSetup)]  # a bank of a stream has no errors of each class
+    cells = [p for p in cells if not isinstance(p.setup, Setup)]  # a bank of a stream has no errors of each class
     cells.sort(key=lambda p: coresets.METHODS[p.setup.distill["method"]] != "early")  # EL2N's own run, if there
     for planned in cells:
         bank, on = drawing.entry(run, planned, "bank"), setting_of(run.lab, planned.setup)
