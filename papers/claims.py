@@ -96,7 +96,8 @@ def row(cell: dict, scale: str, status: str, theirs: dict | None) -> str:
     number += f" ({other})" if theirs and (other := stood_for(cell["dataset"], cell["run_on"])) else ""
     count = len(cell["values"])
     ours = f"{cell['mean']:.2f}" + (f" ± {cell['std']:.2f}" if count > 1 else "") + f" ({count})"
-    seconds, commit = sum(cell["seconds"].values()), (cell.get("commit") or "-")[:10]
+    commit, _, changed = (cell.get("commit") or "-").partition("+")
+    seconds, commit = sum(cell["seconds"].values()), commit[:10] + ("+" + changed if changed else "")
     what = (scale, f"`{cell['cell']}`", number, ours, status, cell["run_on"])
     texts = (*what, f"{seconds:.0f}", commit, cell["hardware"])
     return "| " + " | ".join(texts) + " |"

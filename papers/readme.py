@@ -16,13 +16,14 @@ from common.store import write_atomic
 from papers.claims import printed_for, row_key, statuses
 from papers.plan import ROOT, SCALES, Paper, load_paper, papers
 from papers.report import KEY, RANDOM, TOLERANCE_POINTS, load_cells, load_reported
+from papers.setups import setup_of
 
 README = ROOT.parent / "README.md"
 STATUS = f"""\
-How many printed numbers have one of ours beside them: at `smoke`, on digits; at `small`, on the same real images,
-reduced; at `paper`, as published (reproduced: two standard errors and {TOLERANCE_POINTS:g} point apart at most)."""
+How many printed numbers have one of ours beside them: at `smoke`, on digits; at `small`, on the same data set, reduced;
+at `paper`, as published (reproduced: to two standard errors and {TOLERANCE_POINTS:g} point); no cell: not here."""
 NOTE = """\
-Top-1 accuracy (%) after the last epoch, mean ± standard deviation (students); all facts: [claims](docs/claims.md)."""
+Top-1 accuracy (%) after the last epoch, mean ± deviation (students; random: own images): [claims](docs/claims.md)."""
 BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end of results -->"
 
 
@@ -36,7 +37,7 @@ def results(tables: Path) -> str:
 def status(tables: Path) -> str:
     """One row a paper: how many of its printed numbers have one of ours beside them, by scale, and how near that is."""
     heads = ("`paper=`", "printed", "smoke", "small", "within 2 points", "paper", "reproduced", "differs")
-    heads = "| " + " | ".join((*heads, "left to run")) + " |\n" + "|---" * (1 + len(heads)) + "|"
+    heads = "| " + " | ".join((*heads, "to run", "no cell")) + " |\n" + "|---" * (2 + len(heads)) + "|"
     lines, totals = [], Counter()
     for name in papers():
         paper, printed, beside, words = load_paper(name), load_reported(ROOT / name / "reported.csv"), {}, {}
@@ -46,22 +47,30 @@ def status(tables: Path) -> str:
             beside[scale] = {tuple(theirs[k] for k in KEY): (c, theirs) for c, theirs in pairs}
             words = statuses(paper, scale, cells, printed)  # of the last scale, the published settings
         beside["small"] = {k: (c, theirs) for k, (c, theirs) in beside["small"].items() if on_printed_data(paper, c)}
-        near = sum(
-            theirs["metric"] == "accuracy" and abs(c["mean"] - theirs["value"]) <= 2
-            for c, theirs in beside["small"].values()
-        )
+        distances = [abs(c["mean"] - t["value"]) for c, t in beside["small"].values() if t["metric"] == "accuracy"]
+        near = sum(distance <= 2 for distance in distances)
         found = [words[row_key(c)] for c, _ in beside["paper"].values()]
+        left = len(planned(paper, printed) - set(beside["paper"]))
         numbers = (
             len(printed), len(beside["smoke"]), len(beside["small"]), near, len(found), found.count("reproduced"),
-            found.count("differs"), len(printed) - len(found),
+            found.count("differs"), left, len(printed) - len(found) - left,
         )  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(map(str, numbers)) + " |")
-        totals.update(printed=len(printed), small=len(beside["small"]), near=near, paper=len(found))
+        totals.update(printed=len(printed), small=len(beside["small"]), near=near, paper=len(found), left=left)
+        totals.update(accuracies=len(distances))
     sum_of = (
-        f"**{totals['printed']} printed numbers; {totals['small']} run on the same real images, reduced,"
-        f" {totals['near']} within 2 points; {totals['paper']} run at published settings.**"
+        f"**{totals['printed']} printed numbers; {totals['small']} have one of ours on the same data set, reduced"
+        f" ({totals['near']} of {totals['accuracies']} accuracies within 2 points); {totals['paper']} run at published"
+        f" settings, {totals['left']} ready to.**"
     )
     return "\n".join([sum_of, "", STATUS, "", heads, *lines])
+
+
+def planned(paper: Paper, printed: list[dict]) -> set[tuple]:
+    """Keys of the printed numbers that have a cell at scale paper."""
+    cells = [c for c in paper.cells_at("paper") if setup_of(paper.scales["paper"], c)]
+    cells = [c.key() | {"label_regime": c.label_regime} for c in cells]
+    return {tuple(theirs[k] for k in KEY) for cell in cells if (theirs := printed_for(paper, cell, printed))}
 
 
 def on_printed_data(paper: Paper, cell: dict, scale: str = "small") -> bool:
@@ -121,7 +130,7 @@ def mixing(tables: Path) -> str:
 
 
 def leaderboard(tables: Path) -> str:
-    """All sets under one protocol on CIFAR-10 at scale small, best first; empty before the first result."""
+    """All sets under one recipe a kind of label, CIFAR-10 at scale small, best first; empty before the first result."""
     cells = load_cells(tables / "survey" / "small" / "cells")
     cells = [c for c in cells if (c["table"], c["dataset"]) == ("leaderboard", "CIFAR-10") and c["ipc"]]
     if not cells:
@@ -129,15 +138,16 @@ def leaderboard(tables: Path) -> str:
     found = {(c["method"], c["ipc"], c["setting"]): c for c in cells}
     run, regimes = {key[1:] for key in found}, ("HL", "HL, no augmentation", "SL", "SL+KD")
     columns = [(ipc, r) for ipc in sorted({ipc for ipc, _ in run}) for r in regimes if (ipc, r) in run]
-    ipcs, methods = sorted({ipc for ipc, _ in run}, reverse=True), list(dict.fromkeys(c["method"] for c in cells))
+    methods = list(dict.fromkeys(c["method"] for c in cells))
     hard = {(m, ipc): c["mean"] for (m, ipc, setting), c in found.items() if setting == "HL"}
-    methods.sort(key=lambda m: next(((ipcs.index(i), -hard[m, i]) for i in ipcs if (m, i) in hard), (len(ipcs), 0)))
+    most = Counter(ipc for _, ipc in hard).most_common(1)[0][0] if hard else columns[0][0]
+    methods.sort(key=lambda m: -hard.get((m, most), -1))
     words = {"SL": "SL: what a teacher says of each image", "SL+KD": "SL+KD: what it says of each view"}
-    said = ", ".join(text for regime, text in words.items() if any(r == regime for _, r in columns))
+    words = {"HL": "HL: hard labels"} | {k: text for k, text in words.items() if any(r == k for _, r in columns)}
+    said = ", ".join(words.values())
     head = (
-        f"`paper=survey scale=small`, {made_on(cells)}: sets under one protocol ({said}),"
-        f" the best under hard labels (HL) at IPC {ipcs[0]} first"
-        + "".join(f", below them by IPC {ipc} those that were not run there" for ipc in ipcs[1:]) + ":"
+        f"`paper=survey scale=small`, {made_on(cells)}: sets under one student recipe for each kind of label, to be"
+        f" compared down a column ({said}), the best under hard labels at IPC {most} first:"
     )
     heads = ["set", *(f"IPC {ipc}, {regime}" for ipc, regime in columns)]
     lines = [head, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -174,7 +184,9 @@ def printed_in_table1(paper: str, dataset: str, arch: str) -> dict[tuple[str, in
     """The printed numbers of a data set and network, by method and IPC."""
     reported = load_reported(ROOT / paper / "reported.csv")
     mine = (r for r in reported if (r["table"], r["dataset"], r["arch"]) == ("table1", dataset, arch))
-    return {(r["method"], r["ipc"]): f"{r['value']} ± {r['std']}" for r in mine}
+    found = {(r["method"], r["ipc"]): f"{r['value']} ± {r['std']}" for r in mine}
+    other = {(RANDOM, ipc): f"{text}, other protocol" for (method, ipc), text in found.items() if method == "Random"}
+    return found | other
 
 
 def by_label(cells: list[dict], methods: tuple[str, ...], printed: dict[tuple[str, int], str]) -> list[str]:

@@ -71,7 +71,8 @@ def figure_accuracy(run: Run) -> Figure | None:
     palette = sns.color_palette(n_colors=len(methods))
     figure, axes = drawing.axes_of(2.8 * len(panels) + 1.6, 3.2, 1, len(panels))
     for ax, (names, own) in zip(axes[0], panels, strict=True):
-        drawing.lines(own, ax, x="ipc", hue="method", hue_order=methods, palette=palette)
+        own = own.assign(place=drawing.dodged(own, "method"))
+        drawing.lines(own, ax, x="place", hue="method", hue_order=methods, palette=palette)
         drawing.ipc_axis(ax, own["ipc"])
         drawing.title(ax, names, own, 2.2)
         ax.get_legend().remove()

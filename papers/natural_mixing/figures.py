@@ -56,6 +56,8 @@ def figure1(run: Run) -> Figure | None:
     if full is not None and len(full := full[full["method"] == "Full data"]):
         own = pd.concat([full.assign(arm="all training\nimages"), own])
         text += f", beside all training images ({run.paper.scales[run.args.scale]['measure']['full']['epochs']} epochs)"
+    else:
+        text += "; the network of all training images was not run"
     figure, ((ax,),) = drawing.axes_of(4.2, 3.2)
     _bars(own, ax, x="arm", color=COLOURS[0])
     ax.set(xlabel="what the ConvNet trains on", ylabel="top-1 accuracy (%)")
@@ -104,12 +106,13 @@ def figure_gain(run: Run) -> Figure | None:
     ours = ours.assign(method=ours["method"].replace(SHOWN))
     methods = list(dict.fromkeys([*printed["method"], *ours["method"]]))
     palette = dict(zip(methods, sns.color_palette(n_colors=len(methods)), strict=True))
-    figure, axes = drawing.axes_of(8.6, 3.2, 1, 2, sharey=True)
+    figure, axes = drawing.axes_of(8.6, 3.2, 1, 2, sharex=True, sharey=True)
     panels = ((printed, "as printed"), (ours, f"ours ({ours['run_on'].iloc[0]})"))
     for ax, (data, title) in zip(axes[0], panels, strict=True):
         order = [m for m in methods if m in set(data["method"])]
-        drawing.lines(data, ax, x="ipc", hue="method", hue_order=order, palette=palette)
-        drawing.ipc_axis(ax, data["ipc"].astype(int))
+        data = data.assign(place=drawing.dodged(data, "method"))
+        drawing.lines(data, ax, x="place", hue="method", hue_order=order, palette=palette)
+        drawing.ipc_axis(ax, printed["ipc"].astype(int))
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.set_ylabel("gain (percentage points)")
         ax.set_title(title, fontsize=9)
@@ -198,7 +201,9 @@ def _tests(run: Run, metrics: set[str]) -> str:
     if attacks := metrics - {"accuracy", "corruption accuracy"}:
         pgd = any(metric.startswith("pgd") for metric in attacks)
         words.append("under attacks of the given size in pixels" + pgd * " (PGD: 10 steps of a quarter, random start)")
-    return f"Students of the same sets {drawing.listed(words)}."
+    few = run.paper.scales[run.args.scale].get("measure", {}).get("images")
+    sample = f" Corrupted and attacked are {few:,} of the test images, clean ones are all." if few else ""
+    return f"Students of the same sets {drawing.listed(words)}.{sample}"
 
 
 def figure_mixtures(run: Run, classes: int = 10, epochs: int = 3) -> Figure | None:

@@ -35,7 +35,7 @@ def collected() -> pd.DataFrame:
 
 
 def _palette(families: list[str]) -> dict:
-    return dict(zip(families, sns.color_palette("tab20", len(families)), strict=True))
+    return dict(zip(families, sns.color_palette("husl", len(families)), strict=True))
 
 
 def _legend_below(figure: Figure, axes) -> None:
@@ -78,7 +78,8 @@ def figure_years(run: Run) -> Figure:
     for ax, dataset in zip(axes[0], CLASSES, strict=True):
         own = data[data["dataset"] == dataset]
         for number, ipc in enumerate((1, 10, 50)):
-            best = own[own["ipc"] == ipc].groupby("year")["accuracy"].max().sort_index().cummax()
+            best = own[own["ipc"] == ipc].groupby("year")["accuracy"].max()
+            best = best.reindex(sorted(set(own["year"]))).cummax().ffill().dropna()
             if len(best):
                 look = {"where": "post", "marker": "o", "markersize": 3, "color": f"C{number}"}
                 ax.step(best.index, best, label=f"IPC {ipc}", **look)
@@ -95,24 +96,28 @@ def figure_years(run: Run) -> Figure:
 
 
 def figure_compression(run: Run) -> Figure:
-    """Printed accuracy over the share of the training images that is kept."""
+    """Printed accuracy over the share of the training images that is kept, one panel a data set."""
     data = collected()
     kept = data["ipc"] * data["dataset"].map(CLASSES) / data["dataset"].map(TRAIN_IMAGES)
     data = data.assign(kept=100 * kept)
     families = sorted(set(data["family"]))
-    figure, ((ax,),) = drawing.axes_of(7.2, 3.6)
-    sns.scatterplot(
-        data, x="kept", y="accuracy", hue="family", hue_order=families, palette=_palette(families), style="dataset",
-        style_order=list(CLASSES), s=18, ax=ax,
-    )  # fmt: skip
-    ax.set(xscale="log", xlabel="images kept (% of the training set, log scale)", ylabel="printed top-1 accuracy (%)")
-    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=6)
-    text = "Accuracies as printed over how much of the training set is kept; soft labels are not counted."
+    figure, axes = drawing.axes_of(11.5, 3.2, 1, len(CLASSES))
+    for ax, dataset in zip(axes[0], CLASSES, strict=True):
+        own = data[data["dataset"] == dataset]
+        look = {"hue_order": families, "style_order": families, "palette": _palette(families), "s": 22}
+        sns.scatterplot(own, x="kept", y="accuracy", hue="family", style="family", ax=ax, **look)
+        ax.set(xscale="log", xlabel="images kept (%, log scale)", title=dataset)
+        ax.set_ylabel("printed top-1 accuracy (%)" if ax is axes[0, 0] else "")
+    _legend_below(figure, axes[0])
+    text = (
+        "Accuracies as printed over how much of the training set is kept; the bytes of soft labels are not counted."
+        " Each is another paper's claim under a protocol of its own, so points do not rank methods."
+    )
     return drawing.captioned(figure, text)
 
 
 def figure_leaderboard(run: Run) -> Figure | None:
-    """Our runs: every set under one protocol, hard and soft labels, one panel an IPC."""
+    """Our runs: every set under one recipe for each kind of label, one panel an IPC."""
     data = drawing.values(run, "leaderboard")
     if data is None or not len(data := data[data["ipc"].notna()]):
         return None
@@ -132,8 +137,9 @@ def figure_leaderboard(run: Run) -> Figure | None:
     told = {"SL": "one teacher label an image", "SL+KD": "a teacher label a view"}
     words = "".join(f"; {setting}: {text}" for setting, text in told.items() if setting in shown)
     text = (
-        "The same student, epochs and steps for every set, ordered by accuracy under hard labels (HL)"
-        f"{words}. {drawing.where(data)} {drawing.error_bars(data)}"
+        "The same student and recipe for every set, ordered by accuracy under hard labels (HL)"
+        f"{words}. Compare bars of a colour: hard labels are learned with SGD, soft ones with AdamW."
+        f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run, data)
 
