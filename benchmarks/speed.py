@@ -52,11 +52,13 @@ of one large matrix product, measured before the case in bf16 where the processo
 that is not done as a product, or cores that were busy with other work meanwhile, can take it above 100 %.
 
 Where it comes from: our forms run with the tuned allocator, so on processors without bf16 arithmetic much of *over
-plain* is the allocator's, and *over plain, tuned* is what the rest is worth: all classes in one pass, augmentation as
-one batched resampling, no copies in hooks (*ours, fp32*), elementwise work fused (*compiled*), convolutions in bf16
+plain* is the allocator's, and *over plain, tuned* is what the rest is worth. Of the matching methods *ours, fp32* does
+the arithmetic of plain in its time: all classes in one pass, one batched resampling and no copies in hooks give memory,
+not speed, where convolutions fill the processor. Speed is elementwise work fused (*compiled*) and convolutions in bf16
 and channels_last (*mixed*, *bf16*). MTT and DATM walk back through the student's steps one at a time: constant memory
 for a third more arithmetic than the graph of all steps (so slower than plain where the processor is the limit), which
-*graphs kept* spends instead. A form or a ratio that a table lacks was not measured there. Whether bf16 changes
+*graphs kept* spends instead. DATM at IPC 10 has no plain form: its graphs want about 30 GiB. A form or a ratio that a
+table lacks was not measured there. Whether bf16 changes
 accuracies: [precision.md](precision.md).
 """
 

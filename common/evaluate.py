@@ -58,6 +58,8 @@ def run(argv: list[str]) -> dict:
         raise ValueError(f"protocol={protocol.name} trains with a step size learned with the images; the set has none")
     if protocol.labels == "soft" and "soft_labels" not in tensors:
         raise ValueError(f"protocol={protocol.name} trains on soft labels of the set; the set has none")
+    if args.weights and "weights" not in tensors:
+        raise ValueError(f"weights=true, but {args.set or 'random real images'} has none")
     if "weights" in tensors and not args.weights:
         del tensors["weights"]
         print("note: the set has weights of its images, which weights=true uses", flush=True)
@@ -65,11 +67,15 @@ def run(argv: list[str]) -> dict:
     seeds = list(range(args.seed, args.seed + args.students))
     baseline = args.random and protocol.labels != "soft"
     if baseline:
-        matching.random_subset(on, counts, args.seed)  # as many are there
-    say, inputs = None, [on.train.fingerprint, on.test.fingerprint]
+        try:
+            matching.random_subset(on, counts, args.seed)  # as many are there
+        except ValueError as error:
+            raise ValueError(f"{error}; random=false tests the set alone") from error
+    say, inputs, taught = None, [on.train.fingerprint, on.test.fingerprint], {}
     if protocol.labels in ("kl", "online"):
         teacher, entry = own_teacher(store, on, args, device)
         say, inputs = _logits(teacher, on), [*inputs, entry.key]
+        taught = {"teacher": {"key": entry.key, **entry.meta}}
 
     def tested(made: dict[str, Tensor], seeds: list[int]) -> Entry:
         def build(work: Path):
@@ -83,6 +89,7 @@ def run(argv: list[str]) -> dict:
 
     print(f"{len(tensors['labels'])} images of {len(counts)} classes, {on.size} px, {on.network}", flush=True)
     result = {"arguments": asdict(args), "protocol": asdict(protocol), "seeds": seeds, "tested_on": len(on.test)}
+    result |= taught
     target = Path(args.out).expanduser() / f"evaluate_{args.dataset}_{protocol.name}_{_name(args, tensors)}.json"
 
     def keep(name: str, key: str, entries: list[Entry]) -> None:

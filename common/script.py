@@ -253,6 +253,7 @@ def run_with_teacher(
     recipes: Mapping[str, Recipe] | None = None,
     factor: Callable[[Any, int], int] = lambda *_: 1,
     student: Callable[[str, int, str, int, int], Mapping] = lambda *_: {},
+    kept: str = "",
 ) -> None:
     """Parse, train or read the teacher, distil (resumable), save, train one student and print its accuracy.
 
@@ -261,7 +262,8 @@ def run_with_teacher(
     check: (config, untrained teacher, labels, size=, side=) raises for what cannot work; a trained teacher near chance
     is refused then too.  small: the network below 128 px, ResNet-18 else.  recipes: the teacher's by data set, WMDD's
     for others.  factor: (config, size) -> patches along a side of an image.  student: (dataset, classes, network,
-    factor, ipc) -> the method's own fields of the recipe.
+    factor, ipc) -> the method's own fields of the recipe.  kept: what the set is called, where a file has several
+    methods.
     """
     args, config, device = parse(argv, name, WithTeacher, config_class, published)
     dtype = resolve_precision(args.precision, device)
@@ -310,6 +312,7 @@ def run_with_teacher(
         recorded(lambda work: _distilled(work, config, train, views, teacher, args.seed, restore, distill), device),
     )
     tensors = made.tensors()
+    name = kept or name
     facts = {"method": name, "dataset": args.dataset, "size": size, "config": asdict(config), "teacher": entry.key}
     result = DistilledSet(
         tensors["images"], tensors["labels"], train.classes, train.mean, train.std, weights=tensors.get("weights"),

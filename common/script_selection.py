@@ -14,7 +14,7 @@ from common import matching, teachers
 from common.augment import rng
 from common.distilled import DistilledSet
 from common.hardware import precision_name, recorded, resolve_precision
-from common.protocols import PROTOCOLS
+from common.protocols import PROTOCOLS, Protocol
 from common.script import Common, Matching, arg, keep, parse, train_and_test
 from common.selection import Scored, augment_of, scored, trial
 from common.store import Checkpoint, Entry, Product, Store
@@ -45,8 +45,7 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
     method.check(config, on.train.labels)
     augment = augment_of(kind, on, method)
     protocol = PROTOCOLS[args.protocol or "hard-truths-hard"]
-    if protocol.labels != "hard" or protocol.lr is None:
-        raise ValueError(f"protocol={protocol.name} wants labels or a step size that a coreset does not bring")
+    _needs_classes(protocol)
     facts, inputs, bank = matching.facts(on, args.seed), (on.train.fingerprint,), method.Bank(on.train.labels.cpu())
     if config.method != "random":
 
@@ -98,6 +97,8 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
     on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
                           store=store)  # fmt: skip
     method.check(config, on.train.images, on.train.labels, on.make_network(rng(args.seed)))
+    protocol = PROTOCOLS[args.protocol or "hard-truths-hard"]
+    _needs_classes(protocol)
     teacher, inputs = None, (on.train.fingerprint,)
     if config.method == "ca2d":
         teacher, entry = own_teacher(store, on, args, device)
@@ -114,10 +115,15 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
                           settings={**facts, "method": config.method})  # fmt: skip
     keep(result, args, config.method)
     inputs_of_students = {"images": on.prepare(pixels * 255).cpu(), "labels": tensors["labels"]}
-    protocol = PROTOCOLS[args.protocol or "hard-truths-hard"]
     if not args.protocol:  # the budget that was matched
         protocol = replace(protocol, epochs=config.student_epochs)
     train_and_test(store, made, on, inputs_of_students, protocol, args, device)
+
+
+def _needs_classes(protocol: Protocol) -> None:
+    """ValueError for a protocol that wants more of a set than images and classes."""
+    if protocol.labels != "hard" or protocol.lr is None:
+        raise ValueError(f"protocol={protocol.name} wants labels or a step size that a coreset does not bring")
 
 
 def own_teacher(store: Store, on: matching.Setting, args, device: torch.device) -> tuple[nn.Module, Entry]:

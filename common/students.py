@@ -13,6 +13,7 @@ on the test set.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -99,6 +100,7 @@ def train_students(
             raise ValueError(f"weights {list(weights.shape)}: needs {needs}")
         weights = weights.to(device, wide)
     model = _Model(make_network, images[:2], device, dtype, compile)
+    model.check_rest(images, protocol.batch)
     test = _Test(test_images, test_labels, prepare, device, wide)
     rate = lr if protocol.lr is None else protocol.lr
 
@@ -176,6 +178,20 @@ class _Model:
     def _placed(self, net: nn.Module) -> nn.Module:
         wide = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
         return net.to(self.device, wide, memory_format=self.layout).train()
+
+    def check_rest(self, images: Tensor, batch: int) -> None:
+        """ValueError where the last batch is one image and a BatchNorm layer sees it as one pixel."""
+        if len(images) % batch != 1 % batch:
+            return
+        net = copy.deepcopy(self.net)  # its running statistics move
+        try:
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                net(images[:1].contiguous(memory_format=self.layout))
+        except ValueError as error:
+            raise ValueError(
+                f"{len(images)} images in batches of {batch} leave a last one of a single image, of which a BatchNorm "
+                f"layer of the network has no statistics ({error}); pass another batch size or number of images"
+            ) from error
 
     def _call(self, params: dict, buffers: dict, x: Tensor) -> Tensor:
         return functional_call(self.net, (params, buffers), (x,))

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "PUBLISHED", "Config", "State", "check", "distill", "dynamic_score", "prune", "schedule", "score",
+    "PUBLISHED", "Config", "State", "Synthesis", "check", "distill", "dynamic_score", "prune", "schedule", "score",
     "scoring_epochs", "synthesise",
 ]  # fmt: skip
 
@@ -573,6 +573,22 @@ def resolved(config: Config, size: int) -> Config:
     return replace(config, factor=factor, pool=max(config.pool, config.ipc * factor**2))
 
 
+@dataclass
+class Synthesis:
+    """Where CA2D's images stand; classes are finished one by one."""
+
+    images: Tensor  # uint8 [K*I, C, S, S]; those of later classes are still zero
+    generator: Tensor  # state of the generator, uint8
+    number: int = 0  # classes done
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"images": self.images, "generator": self.generator, "at": torch.tensor([self.number])}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor]) -> Synthesis:
+        return cls(tensors["images"], tensors["generator"], int(tensors["at"]))
+
+
 def synthesise(
     teacher: nn.Module,
     images: Tensor | Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -585,13 +601,16 @@ def synthesise(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     generator: torch.Generator,
+    state: Synthesis | None = None,
+    on_step: Callable[[Synthesis], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Images made of the best crops of the highest-scored images of each class.
 
     images uint8 [N, C, H, W], labels int64 [N], scores [N]; size: side of what is made, H by default; sizes: int64
     [N, 2], height and width where the images lie on a canvas.  Where they do not fit into memory, `images` is a
-    function that reads those of some rows, int64 [n] -> (images, sizes), and `size` is given.  Returns images uint8
-    [K*I, C, size, size], truncated, and labels int64 [K*I].
+    function that reads those of some rows, int64 [n] -> (images, sizes), and `size` is given.  `state` continues an
+    earlier run, `on_step` sees the state after every class.  Returns images uint8 [K*I, C, size, size], truncated, and
+    labels int64 [K*I].
     """
     labels = labels.cpu()
     if callable(images):
@@ -602,15 +621,22 @@ def synthesise(
         read = lambda rows: (images[rows.to(images.device)], sizes[rows])  # noqa: E731
     config, classes = resolved(config, size), int(labels.max()) + 1
     _check_crops(config, teacher, dtype, labels, size)
-    made = []
-    for k in range(classes):
+    if state is None:
+        made = torch.zeros(classes * config.ipc, len(mean), size, size, dtype=torch.uint8)
+        state = Synthesis(made, generator.get_state())
+    generator.set_state(state.generator)
+    for k in range(state.number, classes):
         rows = ranked(scores, labels, k)[: config.pool]
         patches, _ = best_crops(
             teacher, *read(rows), k, config, size=size, mean=mean, std=std, generator=generator
         )
         # 1e-3: weights that add up to a little less than 1 must not cost an even area a level.
-        made.append((stitch(patches, config.factor, size) + 1e-3).to(torch.uint8))
-    return torch.cat(made), torch.arange(classes).repeat_interleave(config.ipc)
+        own = slice(k * config.ipc, (k + 1) * config.ipc)
+        state.images[own] = (stitch(patches, config.factor, size) + 1e-3).to(torch.uint8)
+        state.number, state.generator = k + 1, generator.get_state()
+        if on_step:
+            on_step(state)
+    return state.images, torch.arange(classes).repeat_interleave(config.ipc)
 
 
 # ---------------------------------------------------------------- both

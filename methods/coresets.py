@@ -201,7 +201,7 @@ def published(dataset: str, method: str, network: str = "resnet18") -> dict:
         raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(METHODS)}")
     kind = METHODS[method]
     found = dict(RUNS.get((dataset, kind), RUNS.get((None, kind), {"augment": "none"})))
-    if dataset == "svhn" and found["augment"] == "crop-flip":
+    if dataset in ("svhn", "mnist") and found["augment"] == "crop-flip":  # mirrored digits are other signs
         found["augment"] = "crop"
     if not network.startswith("resnet"):
         found["lr"] = min(found.get("lr", Config.lr), _FEATURES["lr"])

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "PUBLISHED", "Config", "State", "boundary_labels", "boundary_loss", "cam", "compact_labels", "distill",
-    "normalised_cam", "refine", "select", "stitch",
+    "PUBLISHED", "Config", "Discovery", "State", "boundary_labels", "boundary_loss", "cam", "compact_labels",
+    "discover", "distill", "normalised_cam", "refine", "select", "stitch",
 ]  # fmt: skip
 
 
@@ -63,7 +63,8 @@ class Config:
     mask_steps: str = _option("adam", "what M multiplies: the final step, or the gradient, out of which Adam divides "
                               "a fixed factor", "adam", "gradient")
     optimizer: str = _option("adam", "as in SRe2L; sgd is Eq. 5 to the letter", "adam", "sgd")
-    lr: float = _option(0.05, "eta in normalised pixels, cosine to 0; EDC's value for a start at real images")
+    lr: float = _option(0.05, "eta in normalised pixels, cosine to 0; EDC's value for a start at real images",
+                        minimum=0)
     iterations: int = _option(1000, "steps of each batch, I in Alg. 1; EDC's at ImageNet-1K", unit="steps", minimum=1)
     bn_weight: float = _option(0.01, "alpha_bn in Eq. 2; SRe2L's and CDA's", minimum=0)
     first_bn_multiplier: float = _option(1.0, "extra weight of the first BatchNorm layer; Eq. 3 has none", minimum=0)
@@ -94,8 +95,9 @@ class Config:
             raise ValueError(f"kept={self.kept} is more than crops={self.crops}; allowed: 1 to {self.crops}")
         if math.isqrt(self.patches) ** 2 != self.patches:
             raise ValueError(f"patches={self.patches} do not fill a square; allowed: 0 (by size), 1, 4, 9, 16, ...")
-        if not self.epsilon > 0 or self.least_area > 1:
-            raise ValueError(f"epsilon={self.epsilon} must be above 0 and least_area={self.least_area} at most 1")
+        if not self.epsilon > 0 or self.least_area > 1 or -1 < self.least_area < 0:
+            allowed = f"least_area={self.least_area} at most 1 and not below 0 but for -1 (by size)"
+            raise ValueError(f"epsilon={self.epsilon} must be above 0 and {allowed}")
 
     def factor(self, size: int) -> int:
         """Patches along a side of an image."""
@@ -167,32 +169,43 @@ def cam(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
     The last map of more than one pixel that a module hands on is weighted by the classifier's row of the label: per
     channel where the map is averaged before the classifier (mean of the map + bias = logit), per position where it is
-    flattened (sum + bias = logit).
+    flattened (sum + bias = logit).  ValueError for a teacher that does neither.
     """
-    last: list[Tensor] = []
+    last, entered = [], []
 
     def keep(_, __, out) -> None:
         if isinstance(out, Tensor) and out.dim() == 4 and out.shape[2:].numel() > 1:
             last[:] = [out]
 
+    classifier = classifier_of(teacher)
     hooks = [m.register_forward_hook(keep) for m in teacher.modules()]
+    hooks.append(classifier.register_forward_pre_hook(lambda _, given: entered.append(given[0])))
     try:
         logits = teacher(images)
     finally:
         for hook in hooks:
             hook.remove()
-    weight = classifier_of(teacher).weight[labels]  # [B, D]
-    shape = last[0].shape[1:] if last else torch.Size()  # [D', h, w]
-    if shape and weight.shape[1] == shape[0]:
+    weight, features = classifier.weight[labels], entered[-1].flatten(1)  # [B, D] each
+    maps = last[0].to(weight.dtype) if last else images[:, :0]  # [B, D', h, w]
+    if _same(features, maps.mean((2, 3))):
         weight = weight[:, :, None, None]
-    elif shape and weight.shape[1] == shape.numel():
-        weight = weight.view(-1, *shape)
+    elif _same(features, maps.flatten(1)):
+        weight = weight.view(-1, *maps.shape[1:])
     else:
         raise ValueError(
-            f"the teacher {type(teacher).__name__} has no class activation map: its last map is {list(shape)}, its "
-            f"classifier takes {weight.shape[1]} features; allowed: a map that is averaged or flattened before it"
+            f"the teacher {type(teacher).__name__} has no class activation map: its last map is "
+            f"{list(maps.shape[1:])}, its classifier takes {weight.shape[1]} features that are neither that map nor "
+            "its mean over positions; allowed: a map that is averaged or flattened before the classifier"
         )
-    return (weight * last[0].to(weight.dtype)).sum(1), _wide(logits)
+    return (weight * maps).sum(1), _wide(logits)
+
+
+def _same(features: Tensor, other: Tensor) -> bool:
+    """Equal but for the rounding of the arithmetic; without numbers (a plan's meta device) of equal shape."""
+    if features.shape != other.shape or features.is_meta:
+        return features.shape == other.shape
+    features, other = _wide(features), _wide(other)
+    return bool((features - other).norm() <= 0.02 * other.norm())
 
 
 def normalised_cam(maps: Tensor, size: int) -> Tensor:
@@ -322,8 +335,9 @@ def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side
         raise ValueError(f"pool={config.pool} is more than the {counts[few]} images of class {few}, all it may be")
     _checked(config, size, config.pool, size if side is None else side)
     first, was = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d)), teacher.training
-    black = first.weight.new_zeros(1, first.in_channels, size, size)
-    cam(teacher.eval(), black, torch.zeros(1, dtype=torch.long, device=black.device))  # says so where there is none
+    shades = torch.linspace(-1, 1, first.in_channels * size * size).view(1, first.in_channels, size, size)
+    shades = shades.to(first.weight)
+    cam(teacher.eval(), shades, torch.zeros(1, dtype=torch.long, device=shades.device))  # says so where there is none
     teacher.train(was)
 
 
@@ -726,14 +740,30 @@ def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
     return value
 
 
+@dataclass
+class Discovery:
+    """Where a discovery stands; classes are finished one by one."""
+
+    images: Tensor  # float32 [K*I, C, S, S] in [0, 1]; those of later classes are still zero
+    generator: Tensor  # state of the generator, uint8
+    number: int = 0  # classes done
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"images": self.images, "generator": self.generator, "at": torch.tensor([self.number])}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor]) -> Discovery:
+        return cls(tensors["images"], tensors["generator"], int(tensors["at"]))
+
+
 @torch.no_grad()
 def discover(
     images: Tensor | Callable[[Tensor], tuple[Tensor, Tensor]], labels: Tensor, teacher: nn.Module, config: Config, *,
     size: int | None = None, sizes: Tensor | None = None, mean: tuple[float, ...], std: tuple[float, ...],
-    generator: torch.Generator,
+    generator: torch.Generator, state: Discovery | None = None, on_step: Callable[[Discovery], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """CIDD of all classes: the hardest patches that hold what the teacher looks at, put together; arguments as for
-    `distill` -> float32 [K*I, C, S, S] in [0, 1], on the CPU."""
+    `distill` -> float32 [K*I, C, S, S] in [0, 1], on the CPU.  on_step sees the state after every class."""
     labels = labels.cpu()
     if callable(images):
         read, side = images, None
@@ -742,13 +772,19 @@ def discover(
         sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes
         read, side = lambda rows: (images[rows], sizes[rows]), int(sizes.amin(1).median())
     check(config, teacher, labels, size=size, side=side)
-    found = []
-    for k in range(int(labels.max()) + 1):
+    classes, ipc = int(labels.max()) + 1, config.ipc
+    if state is None:
+        state = Discovery(torch.zeros(classes * ipc, len(mean), size, size), generator.get_state())
+    generator.set_state(state.generator)
+    for k in range(state.number, classes):
         own = (labels == k).nonzero().flatten()
         drawn = own[torch.randperm(len(own), generator=generator)[: config.pool]]
         patches, _ = select(teacher, *read(drawn), k, config, size=size, mean=mean, std=std, generator=generator)
-        found.append(stitch(patches, config.factor(size), size).cpu() / 255)
-    return torch.cat(found)
+        state.images[k * ipc : (k + 1) * ipc] = stitch(patches, config.factor(size), size).cpu() / 255
+        state.number, state.generator = k + 1, generator.get_state()
+        if on_step:
+            on_step(state)
+    return state.images
 
 
 def distill(

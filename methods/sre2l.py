@@ -67,7 +67,7 @@ class Config:
 
     ipc: int = _option(50, "synthetic images per class", unit="images", minimum=1)
     iterations: int = _option(4000, "recover iterations per batch", unit="steps", minimum=1, source="recover.sh")
-    lr: float = _option(0.25, "first Adam step size in normalised pixels, cosine to 0", source="recover.sh")
+    lr: float = _option(0.25, "first Adam step size in normalised pixels, cosine to 0", minimum=0, source="recover.sh")
     bn_weight: float = _option(0.01, "weight of the BatchNorm term: r_bn", minimum=0, source="recover.sh")
     first_bn_multiplier: float = _option(10.0, "extra weight of the first BatchNorm layer", minimum=0)
     var_weight: float = _option(1.0, "weight of variances beside means in a layer: r_var", minimum=0, source="DWA: 11")
@@ -137,7 +137,7 @@ PUBLISHED_DWA: dict[tuple[str, int | None], dict] = {
     ("cifar100", None): {**_CIFAR, **_DWA},
     ("tiny-imagenet", None): {**_DWA, "lr": 0.1, "iterations": 2000, "jitter": 4, "batch": 200, "in_flight": 200},
     **{(name, None): {**_DWA, "lr": 0.25, "iterations": 2000, "var_weight": 2.0, "perturb_steps": 15}
-       for name in ("imagenet-1k", "imagenette")},
+       for name in ("imagenet-1k", "imagenette", "imagewoof")},
     ("digits", None): {**_CIFAR, **_DWA},  # ours, as CIFAR
 }  # fmt: skip
 
@@ -609,11 +609,23 @@ if __name__ == "__main__":
     from common import cli, script, teachers
 
     def main(arguments: list[str]) -> None:
-        given = {name for name, _, value in (a.partition("=") for a in arguments) if value not in ("", "none", "0")}
-        published = PUBLISHED_CDA if "curriculum" in given else PUBLISHED_DWA if "perturb" in given else PUBLISHED
+        given = {name: value for name, _, value in (a.partition("=") for a in arguments)}
+        scheduled = given.get("curriculum", "none") not in ("", "none")
+        try:
+            moved = float(given.get("perturb") or 0) > 0
+        except ValueError:
+            moved = False  # no number, which is refused below
+        if moved and scheduled:
+            raise cli.UsageError("perturb= (DWA) and curriculum= (CDA) are two methods; pass one of them")
+        name, published = "sre2l", PUBLISHED
+        if scheduled:
+            name, published = "cda", PUBLISHED_CDA
+        elif moved:  # sets without a row take that of ImageNet-1K
+            dataset = given.get("dataset", script.Common.dataset)
+            name, published = "dwa", {(dataset, None): PUBLISHED_DWA["imagenet-1k", None]} | PUBLISHED_DWA
         script.run_with_teacher(
             arguments, "sre2l", Config, published, RecoverState.restore, distill, check=check, small="resnet18-mod",
-            recipes=teachers.SQUEEZE,
+            recipes=teachers.SQUEEZE, kept=name,
         )  # fmt: skip
 
     sys.exit(cli.guard(main, sys.argv[1:]))

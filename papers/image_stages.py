@@ -118,7 +118,7 @@ def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
         real = wmdd.Statistics(**lab.entry(stats).tensors())
-        state, on_step, losses = _resumed(work, wmdd.RecoverState.restore, config.iterations)
+        state, on_step, losses = resumed(work, wmdd.RecoverState.restore, config.iterations)
         images = wmdd.recover(
             lab.restored(teacher), real, *targets(), config, size=setup.size, mean=train.mean, std=train.std,
             generator=rng(0, "wmdd"), part=part, state=state, on_step=on_step,
@@ -197,7 +197,7 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     teacher = lab.teacher(setup)
 
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
-        state, on_step, losses = _resumed(work, sre2l.RecoverState.restore, config.iterations)
+        state, on_step, losses = resumed(work, sre2l.RecoverState.restore, config.iterations)
         start = None
         if config.init == "real":
             rows = sre2l.drawn(train.labels.cpu(), config.ipc, rng(0, "start"))
@@ -227,10 +227,10 @@ def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     train = lab.data(setup.dataset, "train")
     _check(rded, config, setup, train)
 
-    def make(teacher: torch.nn.Module, **resumed) -> dict[str, Tensor]:
+    def make(teacher: torch.nn.Module, **rest) -> dict[str, Tensor]:
         made = rded.distill(
             _whole(train), train.labels, teacher, config, size=setup.size, sizes=_sizes(train), mean=train.mean,
-            std=train.std, generator=rng(0, "rded"), **resumed,
+            std=train.std, generator=rng(0, "rded"), **rest,
         )  # fmt: skip
         return {name: made[name] for name in ("images", "labels")}
 
@@ -252,15 +252,15 @@ def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     train = lab.data(setup.dataset, "train")
     _check(nrr_dd, config, setup, train)
 
-    def make(teacher: torch.nn.Module, **_) -> dict[str, Tensor]:
+    def make(teacher: torch.nn.Module, **rest) -> dict[str, Tensor]:
         images = nrr_dd.discover(
             _whole(train), train.labels, teacher, config, size=setup.size, sizes=_sizes(train), mean=train.mean,
-            std=train.std, generator=rng(0, "cidd"),
+            std=train.std, generator=rng(0, "cidd"), **rest,
         )  # fmt: skip
         return {"images": images, "labels": torch.arange(len(train.classes)).repeat_interleave(config.ipc)}
 
     passes = len(train.classes) * config.pool * (1 + config.kept)
-    return _with_teacher(lab, setup, "cidd", config, make, nrr_dd.State.restore, passes)
+    return _with_teacher(lab, setup, "cidd", config, make, nrr_dd.Discovery.restore, passes)
 
 
 def nrr_dd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
@@ -297,7 +297,7 @@ def _with_teacher(
 
     def build(work: Path) -> Product:
         net = checked(lab, setup, teacher)
-        state, on_step, losses = _resumed(work, restore, getattr(config, "iterations", 1))
+        state, on_step, losses = resumed(work, restore, getattr(config, "iterations", 1))
         tensors = make(net, state=state, on_step=on_step)
         return distilled_set(tensors, {"method": name, "losses": losses}, train)
 
@@ -369,14 +369,14 @@ def readable(train: Dataset | Stream, rows: Tensor, setup: Setup) -> tuple[Tenso
     return train.center(setup.size, rows, shorter=setup.shorter), rows
 
 
-def _resumed(work: Path, restore: Callable, iterations: int) -> tuple[object | None, Callable, list]:
+def resumed(work: Path, restore: Callable, iterations: int = 1) -> tuple[object | None, Callable, list]:
     """The state saved in the folder `work` (None at the start), a hook that saves it, and the losses so far."""
     checkpoint = Checkpoint(work / "state.safetensors")
     saved = checkpoint.load()
     losses = saved[1]["losses"] if saved else []
 
     def on_step(state) -> None:
-        step = getattr(state, "step", 0)  # RDED's state counts classes alone
+        step = getattr(state, "step", 0)  # states of RDED and of CIDD count classes alone
         if step and step % 50 == 0 and math.isfinite(state.loss):
             losses.append([state.number, step, state.loss])
         if checkpoint.due(state.number * iterations + step):

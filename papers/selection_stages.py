@@ -48,6 +48,7 @@ def _set(on: matching.Setting, tensors: dict[str, Tensor], **meta) -> Product:
 def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items() if k != "augment"}
     config, ipc = coresets.Config(**options), setup.distill["ipc"]
+    coresets.check(config, on.train.labels)
     needs = (_bank(lab, setup, on, config),) if coresets.METHODS[config.method] != "none" else ()
     # The same set under every label regime: EL2N-Best chooses by students under hard labels.
     tested = replace(PROTOCOLS[HARD], epochs=setup.protocol.epochs, batch=setup.protocol.batch)
@@ -93,8 +94,9 @@ def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets
 
 def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
     ipc = setup.distill["ipc"]
-    config = cad.Config(**{"student_epochs": setup.protocol.epochs, **setup.distill})  # the budget that is matched
+    config = cad.Config(**{**setup.distill, "student_epochs": setup.protocol.epochs})  # the budget that is matched
     run, train = _trajectory(lab, setup, on, config), on.train
+    cad.check(config, train.images, train.labels, on.make_network(rng(0)))
     teacher = (lab.teacher(setup.taught_by(on)),) if config.method == "ca2d" else ()
 
     def build(work: Path) -> Product:
@@ -106,9 +108,10 @@ def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Sta
             chosen = on.prepare(train.images[rows.to(train.images.device)])
             return _set(on, {"images": chosen, "labels": train.labels.cpu()[rows], "indices": rows})
         data = lab.data(setup.dataset, "train")  # the teacher's own normalisation
+        state, on_step, _ = image_stages.resumed(work, cad.Synthesis.restore)
         made, labels = cad.synthesise(
             lab.restored(teacher[0]), train.images, train.labels, score, config, mean=data.mean, std=data.std,
-            generator=rng(seed, "crops"),
+            generator=rng(seed, "crops"), state=state, on_step=on_step,
         )  # fmt: skip
         return _set(on, {"images": on.inputs(made.to(on.device) / 255), "labels": labels})
 

@@ -119,6 +119,14 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     recipe = teachers.RECIPES[data.get("teacher_recipe", "wmdd")]
     teacher = replace(recipe, **merged(*(x.get("teacher") for x in layers), own))
     distill = _distill(layers, cell, data["dataset"], networks[made_with], scale.get("method", "wmdd"))
+    factor = _factor(cell.algorithm, distill, size)
+    student = _student(scale, layers, cell, data["dataset"], networks[cell.arch], factor)
+    labels = "fixed" if cell.protocol == "hard-truths-large-soft" else _labels(layers)
+    if labels == "fixed" and cell.label_regime != "hard" and (student.cutmix or cell.label_regime == "boundary"):
+        raise ValueError(
+            f"labels='fixed' gives one label an image, which neither cutmix=True nor label_regime='boundary' can use; "
+            f"allowed there: {', '.join(name for name in LABELS if name != 'fixed')}"
+        )
     return Setup(
         data["dataset"],
         size,
@@ -126,10 +134,10 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
         networks[cell.arch],
         data["run_on"].format(size=size),
         teacher,
-        _student(scale, layers, cell, data["dataset"], networks[cell.arch], _factor(cell.algorithm, distill, size)),
+        student,
         distill,
         cell.label_regime,
-        "fixed" if cell.protocol == "hard-truths-large-soft" else _labels(layers),
+        labels,
         data.get("shorter"),
     )
 

@@ -22,7 +22,7 @@ from common.store import Checkpoint, Product
 from common.train import accuracy, fit
 from common.views import Recipe, normalise
 from methods import cad, coresets
-from papers.image_stages import checked, distilled_set, readable, real_views, untrained
+from papers.image_stages import checked, distilled_set, readable, real_views, resumed, untrained
 from papers.selection_stages import SELECTS
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
     settings = {"method": "coresets", "config": asdict(config), "size": setup.size, "seed": 0}
     recipe = Recipe(**large_scale(HARD, config.ipc, len(train.classes)))  # the same set under every label regime
-    recipe = replace(recipe, epochs=setup.student.epochs, batch=setup.student.batch)
+    recipe = replace(recipe, epochs=setup.student.epochs)
+    if setup.student.labels == "hard":
+        recipe = replace(recipe, batch=setup.student.batch)
     settings |= {"network": setup.network, "student": asdict(recipe)} if tries else {}
     views = 3 * recipe.epochs * config.ipc * len(train.classes) + len(train) / 10
     what = f"{config.method} images, {setup.run_on}, IPC {config.ipc}"
@@ -136,8 +138,9 @@ def _trial(lab: Lab, setup: Setup, train: Stream, recipe: Recipe, work: Path) ->
 
 def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """CAD-Prune and CA2D; one set serves all seeds of students."""
-    budget = {"precision": lab.precision, "student_epochs": setup.student.epochs}  # the budget that is matched
-    config, train = cad.Config(**{**budget, **setup.distill}), lab.data(setup.dataset, "train")
+    budget = {"student_epochs": setup.student.epochs}  # that is matched, whatever the published students have
+    config = cad.Config(**{"precision": lab.precision, **setup.distill, **budget})
+    train = lab.data(setup.dataset, "train")
     on, crops = on_disk(lab, setup), config.method == "ca2d"
     _checked_cad(config, train, setup.network, setup.size)
     teacher = (lab.teacher(setup),) if crops else ()
@@ -157,9 +160,10 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         score = cad.dynamic_score(found, window, windows, config.include_last)
         if not crops:
             return _chosen(train, cad.prune(score, train.labels, config.ipc), setup, {"method": "cad"})
+        state, on_step, _ = resumed(work, cad.Synthesis.restore)
         images, labels = cad.synthesise(
             checked(lab, setup, teacher[0]), train.whole, train.labels, score, config, size=setup.size,
-            mean=train.mean, std=train.std, generator=rng(0, "crops"),
+            mean=train.mean, std=train.std, generator=rng(0, "crops"), state=state, on_step=on_step,
         )  # fmt: skip
         return distilled_set({"images": images, "labels": labels}, {"method": "ca2d"}, train)
 

@@ -526,6 +526,24 @@ def test_the_lowest_losses_come_first_and_tiles_are_filled_best_first():
     assert corners.flatten(1).T.flatten().tolist() == [first - 12 * rank for rank in range(8)]
 
 
+def test_crops_stopped_between_classes_continue_bit_for_bit():
+    class Stop(Exception):
+        pass
+
+    def halt(state):
+        held.update({name: t.clone() for name, t in state.tensors().items()})
+        if state.number == 2:
+            raise Stop
+
+    (images, labels), held, facts = data(), {}, {"mean": MEAN, "std": STD}
+    given = Colour(), images, labels, torch.rand(COUNT, generator=rng("scores")), PARTS
+    whole, _ = cad.synthesise(*given, generator=rng(0), **facts)
+    with pytest.raises(Stop):
+        cad.synthesise(*given, generator=rng(0), on_step=halt, **facts)
+    again, _ = cad.synthesise(*given, generator=rng(9), state=cad.Synthesis.restore(held), **facts)
+    assert torch.equal(again, whole)
+
+
 @pytest.mark.parametrize(("size", "before", "patch"), [(16, 4, 8), (13, 3, 6)])
 def test_crops_are_framed_in_the_mean_colour_not_enlarged(size, before, patch):
     images, labels = data()

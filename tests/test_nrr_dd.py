@@ -98,6 +98,23 @@ def test_an_activation_map_is_equation_1(pooled):
             torch.testing.assert_close(ours[i], plain_nrr_dd.cam(maps, net.head.weight[labels[i]], 16))
 
 
+def test_a_map_that_fits_by_its_numbers_alone_is_refused():
+    """ResNet-50 at 32 px ends in one position; the map before it has as many values as the classifier takes."""
+
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.early, self.late = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 8, 8), nn.Conv2d(4, 16, 2)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(self.late(self.early(self.norm(x))).flatten(1))
+
+    net = Narrow()
+    with pytest.raises(ValueError, match=r"last map is \[4, 2, 2\], its classifier takes 16 features that are neither"):
+        nrr_dd.check(Config(ipc=1, pool=2), net, torch.arange(8) % 4, size=16)
+
+
 def test_a_teacher_without_such_a_map_is_named():
     class Deep(nn.Module):
         def __init__(self):
@@ -183,6 +200,23 @@ def test_discovery_is_that_of_the_plain_form(patches, pooled, size):
     )
     assert scores.tolist() == pytest.approx(wanted, abs=1e-4) and scores.tolist() == sorted(scores.tolist())
     torch.testing.assert_close(ours / 255, plain, atol=1e-4, rtol=0)
+
+
+def test_a_stopped_discovery_continues_bit_for_bit(teacher, real):
+    class Stop(Exception):
+        pass
+
+    def halt(state):
+        held.update({name: t.clone() for name, t in state.tensors().items()})
+        if state.number == 2:
+            raise Stop
+
+    facts, held = {"size": 16, **FACTS}, {}
+    whole = nrr_dd.discover(*real, teacher, Config(ipc=2, pool=6), generator=rng(0), **facts)
+    with pytest.raises(Stop):
+        nrr_dd.discover(*real, teacher, Config(ipc=2, pool=6), generator=rng(0), on_step=halt, **facts)
+    facts |= {"generator": rng(9), "state": nrr_dd.Discovery.restore(held)}
+    assert torch.equal(nrr_dd.discover(*real, teacher, Config(ipc=2, pool=6), **facts), whole)
 
 
 @pytest.mark.parametrize("kept", [1, 3, 5])
@@ -546,6 +580,8 @@ def test_published_settings_are_settings():
         ({"epsilon": 0.0}, "epsilon=0.0 must be above 0"),
         ({"least_area": 1.5}, "least_area=1.5 at most 1"),
         ({"iterations": 0}, "the least is 1"),
+        ({"lr": -0.1}, "lr=-0.1 is too small; the least is 0"),
+        ({"least_area": -0.5}, "least_area=-0.5 at most 1 and not below 0 but for -1"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):

@@ -70,6 +70,8 @@ def test_labels_are_given_for_a_data_set_or_an_ipc():
     assert setup("wmdd", "paper", "table1/imagenet-21k/wmdd/resnet-18/10/soft").labels == "recomputed"
     loaded = load_paper("wmdd")
     (cell,) = (c for c in loaded.cells_at("smoke") if c.id == "table1/imagenette/wmdd/resnet-18/10/soft")
+    with pytest.raises(ValueError, match=r"labels='fixed' gives one label an image.*there: stored, recomputed, online"):
+        setups.setup_of({**loaded.scales["smoke"], "labels": "fixed"}, cell)
     with pytest.raises(ValueError, match="labels='kept' is unknown; allowed: stored, recomputed, online, fixed"):
         setups.setup_of({**loaded.scales["smoke"], "labels": "kept"}, cell)
 

@@ -147,7 +147,7 @@ def lab(tmp_path, monkeypatch) -> Lab:
     return Lab(Store(tmp_path / "runs"), None, torch.device("cpu"), "fp32")
 
 
-def cell(name: str, **distill) -> tuple:
+def cell(name: str, student_epochs: int = 2, **distill) -> tuple:
     """The setup of a cell of ImageNet-1K, on the stream; and its algorithm."""
     loaded = load_paper("hard_truths")
     (found,) = (c for c in loaded.cells_at("paper") if c.id == f"{name}/own")
@@ -155,7 +155,7 @@ def cell(name: str, **distill) -> tuple:
     run = {"ipc": 2, "batch": 8, "lr": 0.02, **distill}
     small = replace(
         published, dataset="own", size=32, network="resnet18-bn-w8", student_network="resnet18-bn-w8",
-        distill={**published.distill, **run}, student=replace(published.student, epochs=2, batch=4),
+        distill={**published.distill, **run}, student=replace(published.student, epochs=student_epochs, batch=4),
         teacher=Recipe(name="tiny", epochs=1, batch=8, labels="hard", cutmix=False),
     )  # fmt: skip
     return published, small, found.algorithm
@@ -199,6 +199,18 @@ def test_what_a_stream_cannot_give_is_named_when_it_is_planned(lab):
     ):
         with pytest.raises(ValueError, match=words):
             lab.images(replace(small, distill={**small.distill, **changes}), "coreset", 0)
+
+
+def test_the_budget_that_cad_matches_is_that_of_the_students(lab):
+    _, small, algorithm = cell("table7/imagenet-1k/cad-prune/hl/resnet-18/10", 18)
+    assert small.distill["student_epochs"] == 200  # as published
+    assert lab.images(small, algorithm, 0).settings["config"]["student_epochs"] == 18
+
+
+def test_el2n_best_is_one_set_under_all_labels(lab):
+    _, small, algorithm = cell("table11/imagenet-1k/el2n-best/hl/resnet-18/50", epochs=4, stop=4, epoch=2)
+    soft = [replace(small, student=replace(small.student, batch=b, labels="soft")) for b in (4, 6)]
+    assert len({lab.key(lab.images(one, algorithm, 0)) for one in soft}) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read")

@@ -533,3 +533,20 @@ def test_students_learn_by_the_weights_of_their_images():
     assert not torch.equal(*(next(iter(found.networks[0].values())) for found in (first, plain)))
     with pytest.raises(ValueError, match="needs one for each of 8 images, none below 0"):
         train(weights=-few)
+
+
+def test_a_last_batch_that_batch_norm_cannot_take_is_named():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv(x)).flatten(1))
+
+    images, labels = torch.randn(5, 3, 8, 8, generator=rng(0)), torch.arange(5) % 2
+    protocol = Protocol("own", epochs=1, batch=4)
+    given = {"make_network": lambda _: Narrow(), "seeds": [0]}
+    with pytest.raises(ValueError, match="5 images in batches of 4 leave a last one of a single image"):
+        train_students(images, labels, images, labels, protocol=protocol, **given)
+    assert train_students(images, labels, images, labels, protocol=replace(protocol, batch=5), **given).accuracies
