@@ -112,6 +112,21 @@ def test_a_law_of_too_few_epochs_is_named_when_it_is_planned(lab):
                 lab.students(cell, few, (0,))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("el2n-hardest", {"epoch": 40}, "epoch=40"),
+        ("cad-prune", {"ipc": 200}, "ipc=200"),
+        ("ca2d", {"ipc": 40, "factor": 2}, "ipc=40 with factor=2 takes 160 crops"),
+    ],
+)
+def test_selections_that_cannot_work_are_named_when_they_are_planned(lab, name, changes, words):
+    cell, planned = setup("smoke", f"regimes/cifar-100/{name}/hl/convnet/10/own")
+    planned = replace(planned, distill={**planned.distill, **changes})
+    with pytest.raises(ValueError, match=words):
+        matching_stages.images(lab, planned, cell.algorithm, 0)
+
+
 def test_published_settings_reach_the_selections():
     _, pruned = setup("paper", "table8/cifar-100/cad-prune/hl/convnet/50/own")
     config = cad.Config(**pruned.distill)
