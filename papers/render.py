@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -19,6 +20,7 @@ __all__ = ["KEY", "WIDTH", "Row", "extras_markdown", "latex", "markdown", "termi
 KEY = ("table", "dataset", "method", "setting", "arch", "ipc", "metric")
 WIDTH = 100  # characters of a terminal; a wider table is cut into one panel per outermost column
 MOST_COLUMNS = 4  # that a status names; more are counted
+MOST_ROWS = 6  # the same for rows: the .csv has a line for each number
 UNITS = {"accuracy": "accuracy (%)", "time": "time (hours)"}
 
 Row = dict[str, object]
@@ -59,7 +61,7 @@ def extras_markdown(rows: Sequence[Row]) -> str:
     intro = (
         "All numbers are ours: student accuracy (%) on the same images under soft and hard labels, how far soft is over"
         " random real images under the same recipe, stored bytes, time of all stages (also those shared with other"
-        " cells) and peak memory."
+        " cells) and peak memory. Times depend on machine and load: those of different runs do not compare."
     )
     parts = [f"# {rows[0]['table']}: beyond the paper", _wrapped(intro)]
     several = len({row["arch"] for row in rows}) > 1
@@ -168,8 +170,15 @@ def _notes(rows: Sequence[Row], layout: Mapping) -> list[str]:
     remarks = []
     for note in dict.fromkeys(row["note"] for row in printed if row["note"]):
         noted = [row for row in printed if row["note"] == note]
-        labels = "; ".join(dict.fromkeys(_label(row, layout["rows"]) for row in noted))
-        remarks.append(f"{'All' if len(noted) == len(printed) else labels}: {note}.")
+        labels: dict[str, list[str]] = {}
+        for row in noted:
+            labels.setdefault(_label(row, layout["rows"]), []).append(" ".join(_column(row, layout["columns"])))
+        whole = Counter(_label(row, layout["rows"]) for row in printed)
+        texts = [
+            label if len(columns) == whole[label] or len(columns) > MOST_COLUMNS else f"{label} ({', '.join(columns)})"
+            for label, columns in labels.items()
+        ]
+        remarks.append(f"{'All' if len(noted) == len(printed) else '; '.join(texts)}: {note}.")
     return remarks
 
 
@@ -193,10 +202,16 @@ def _statuses(rows: Sequence[Row], layout: Mapping) -> list[str]:
             named = ", ".join(columns) if len(columns) <= MOST_COLUMNS else f"{len(columns)} columns"
             clauses.setdefault(named if split else "", []).append(label)
         whole = clauses.pop("", None)
-        texts = ["; ".join(whole)] if whole else []
-        texts += [f"{columns} of {'; '.join(labels)}" for columns, labels in clauses.items()]
+        texts = [_listed(whole)] if whole else []
+        texts += [f"{columns} of {_listed(labels)}" for columns, labels in clauses.items()]
         lines.append(f"{status}: {sum(map(len, found.values()))} ({'; and '.join(texts)})")
     return lines
+
+
+def _listed(labels: list[str]) -> str:
+    """Rows by name; of many the first ones and how many more there are."""
+    more = len(labels) - MOST_ROWS
+    return "; ".join(labels) if more <= 1 else f"{'; '.join(labels[:MOST_ROWS])}; and {more} more rows"
 
 
 # Numbers
@@ -209,7 +224,7 @@ def _decimals(rows: Sequence[Row], metric: str) -> int:
     values = [row[k] for row in own for k in ("reported", "ours") if row[k] is not None]
     if metric != "accuracy" and all(float(value).is_integer() for value in values):
         return 0  # years, counts
-    small = metric != "accuracy" and all(abs(row["ours"]) <= 1 for row in own if row["ours"] is not None)
+    small = "accuracy" not in metric and all(abs(row["ours"]) <= 1 for row in own if row["ours"] is not None)
     return max((-Decimal(repr(value)).as_tuple().exponent for value in printed), default=3 if small else 1)
 
 

@@ -236,7 +236,7 @@ MARKDOWN = """\
 | DM     |       32.8 ± 0.5 |                 - |
 | WMDD   |             40.0 |        64.8 ± 0.4 |
 
-WMDD: dagger.
+WMDD (ImageNette IPC 10): dagger.
 
 ## Ours (digits 32 px in place of ImageNette, not comparable with the printed numbers)
 

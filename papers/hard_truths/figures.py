@@ -382,5 +382,6 @@ def figure_sets(run: Run, classes: int = 10) -> Figure | None:
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for column, k in enumerate(shown.tolist()):
         axes[0, column].set_title(first.train.classes[k], fontsize=8)
-    text = f"The first image of each class in each set, {found[0][0].setup.run_on}, IPC 10; scores pick it as the best."
+    run_on = found[0][0].setup.run_on
+    text = f"The first image of each class, that of the best score where images are scored. {run_on}, IPC 10."
     return drawing.captioned(figure, text, run)
