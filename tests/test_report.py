@@ -208,8 +208,10 @@ def test_extras_set_each_method_beside_random_images():
         cell(report.RANDOM, mean=35.0, label_regime="hard"),
         cell(ipc=1, mean=20.0),
         cell(metric="time"),
+        cell(setting="longer", mean=70.0, settings={"student": {"epochs": 3000}}),  # than the random ones
     ]
-    first, random, single = report.extras_rows(cells)
+    first, random, single, longer = report.extras_rows(cells)
+    assert longer["over_random"] is None
     assert set(first) == set(report.EXTRAS_COLUMNS)
     assert (first["soft"], first["hard"], first["random_soft"], first["random_hard"]) == (60.0, 30.0, 57.5, 35.0)
     assert (first["over_random"], first["seconds"], first["label_bytes"]) == (2.5, 160.5, 5_000_000)

@@ -310,7 +310,8 @@ def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.
         f"Student accuracy (soft labels) of {where['arch']} at IPC {where['ipc']} against {words}."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
-    level = [r["accuracy"] for r in run.values("table4") if r["method"] == "RDED" and where.items() <= r.items()]
+    where |= {"method": "RDED", "setting": ""}
+    level = [r["accuracy"] for r in run.values("table4") if where.items() <= r.items()]
     if level:
         ax.axhline(fmean(level), color="0.4", linestyle="--", label="RDED (Table 4)")
         text += " Dashed: RDED with the same data, network and IPC"
