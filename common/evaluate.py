@@ -59,7 +59,8 @@ def run(argv: list[str]) -> dict:
     if protocol.labels == "soft" and "soft_labels" not in tensors:
         raise ValueError(f"protocol={protocol.name} trains on soft labels of the set; the set has none")
     if args.weights and "weights" not in tensors:
-        raise ValueError(f"weights=true, but {args.set or 'random real images'} has none")
+        whose = f"the set {args.set}" if args.set else "a set of random real images"
+        raise ValueError(f"weights=true, but {whose} has none; allowed there: weights=false")
     if "weights" in tensors and not args.weights:
         del tensors["weights"]
         print("note: the set has weights of its images, which weights=true uses", flush=True)

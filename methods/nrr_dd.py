@@ -186,7 +186,9 @@ def cam(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
         for hook in hooks:
             hook.remove()
     weight, features = classifier.weight[labels], entered[-1].flatten(1)  # [B, D] each
-    maps = last[0].to(weight.dtype) if last else images[:, :0]  # [B, D', h, w]
+    if not last:
+        raise ValueError(f"the teacher {type(teacher).__name__} has no class activation map: it makes no map at all")
+    maps = last[0].to(weight.dtype)  # [B, D', h, w]
     if _same(features, maps.mean((2, 3))):
         weight = weight[:, :, None, None]
     elif _same(features, maps.flatten(1)):

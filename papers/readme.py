@@ -147,7 +147,7 @@ def leaderboard(tables: Path) -> str:
     said = ", ".join(words.values())
     head = (
         f"`paper=survey scale=small`, {made_on(cells)}: sets under one student recipe for each kind of label, to be"
-        f" compared down a column ({said}), the best under hard labels at IPC {most} first:"
+        f" compared down a column ({said}{taught_by(cells)}), the best under hard labels at IPC {most} first:"
     )
     heads = ["set", *(f"IPC {ipc}, {regime}" for ipc, regime in columns)]
     lines = [head, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -163,8 +163,7 @@ def nrr_dd(tables: Path) -> str:
     cells = [c for c in cells if (c["dataset"], c["arch"]) == ("CIFAR-10", "ConvNet")]
     if not cells:
         return ""
-    teacher = ", ".join(sorted({f"{c['teacher_accuracy']:.1f} %" for c in cells if c["teacher_accuracy"]}))
-    what = f"ConvNet, students on three kinds of label, teacher {teacher}"
+    what = f"ConvNet, students on three kinds of label{taught_by(cells)}"
     head = f"`paper=nrr_dd scale=small`, {made_on(cells)}, {what}:"
     table = by_label(cells, (RANDOM, "SRe2L", "RDED", "NRR-DD"), printed_in_table1("nrr_dd", "CIFAR-10", "ConvNet"))
     return "\n".join([head, "", *table])
@@ -207,6 +206,12 @@ def by_label(cells: list[dict], methods: tuple[str, ...], printed: dict[tuple[st
             row.append(printed.get((method, ipc), "-"))
         lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def taught_by(cells: list[dict]) -> str:
+    """The accuracies of the teachers behind some results: ", teacher 75.6 %"."""
+    found = sorted({f"{c['teacher_accuracy']:.1f} %" for c in cells if c["teacher_accuracy"]})
+    return f", teacher{'s' * (len(found) > 1)} {' or '.join(found)}" if found else ""
 
 
 def made_on(cells: list[dict]) -> str:

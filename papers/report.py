@@ -155,29 +155,30 @@ def _status(row: Row, comparable: bool, reported_runs: int) -> str:
     return "reproduced" if abs(row["ours"] - row["reported"]) <= allowed else "differs"
 
 
-def _epochs(pair: Mapping[str, Mapping]) -> int | None:
-    """Of the students of a cell, by its settings."""
-    settings = next(iter(pair.values())).get("settings", {})
-    return (settings.get("student") or settings.get("protocol") or {}).get("epochs")
+def _recipe(pair: Mapping[str, Mapping]) -> str:
+    """How the students of a cell are trained, soft labels before others; random images have no patches to shuffle."""
+    settings = (pair.get("soft") or next(iter(pair.values()))).get("settings", {})
+    recipe = settings.get("student") or settings.get("protocol") or {}
+    return json.dumps({k: v for k, v in recipe.items() if k not in ("name", "shuffle", "labels")}, sort_keys=True)
 
 
 def extras_rows(cells: Iterable[Mapping]) -> list[Row]:
     """What the paper does not print: one row of `EXTRAS_COLUMNS` for the images of each accuracy cell.
 
     Accuracies (percent) of the same images under soft and hard labels, of random real images at the same table,
-    dataset, network, IPC and epochs of students, and over_random, the gain over these under soft labels; bytes of
+    dataset, network, IPC and recipe of students, and over_random, the gain over these under soft labels; bytes of
     images and labels; seconds summed over the stages of the cell and its highest memory peak.
     """
     regimes: dict[tuple, dict[str, Mapping]] = {}
     for cell in cells:
         if cell["metric"] == "accuracy":
             regimes.setdefault(_key(cell), {})[cell["label_regime"]] = cell
-    random = {(t, d, a, i, _epochs(p)): p for (t, d, method, _, a, i, _), p in regimes.items() if method == RANDOM}
+    random = {(t, d, a, i, _recipe(p)): p for (t, d, method, _, a, i, _), p in regimes.items() if method == RANDOM}
     rows = []
     for (table, dataset, method, setting, arch, ipc, _), pair in regimes.items():
         soft, hard = pair.get("soft", {}), pair.get("hard", {})
         cell = soft or hard
-        base = random.get((table, dataset, arch, ipc, _epochs(pair)), {}) if method != RANDOM else {}
+        base = random.get((table, dataset, arch, ipc, _recipe(pair)), {}) if method != RANDOM else {}
         random_soft, random_hard = (base.get(regime, {}).get("mean") for regime in ("soft", "hard"))
         row = {"table": table, "dataset": dataset, "method": method, "setting": setting, "arch": arch, "ipc": ipc}
         row |= {"soft": soft.get("mean"), "soft_std": soft.get("std")}

@@ -209,9 +209,11 @@ def test_extras_set_each_method_beside_random_images():
         cell(ipc=1, mean=20.0),
         cell(metric="time"),
         cell(setting="longer", mean=70.0, settings={"student": {"epochs": 3000}}),  # than the random ones
+        cell(report.RANDOM, setting="crops", mean=50.0, settings={"student": {"crop": 0.5, "shuffle": 1}}),
+        cell(setting="crops", mean=70.0, settings={"student": {"crop": 0.5, "shuffle": 2}}),
     ]
-    first, random, single, longer = report.extras_rows(cells)
-    assert longer["over_random"] is None
+    first, random, single, longer, _, cropped = report.extras_rows(cells)
+    assert longer["over_random"] is None and cropped["over_random"] == 20
     assert set(first) == set(report.EXTRAS_COLUMNS)
     assert (first["soft"], first["hard"], first["random_soft"], first["random_hard"]) == (60.0, 30.0, 57.5, 35.0)
     assert (first["over_random"], first["seconds"], first["label_bytes"]) == (2.5, 160.5, 5_000_000)

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from benchmarks import plain_sre2l
 from benchmarks.plain_wmdd import augment
-from common import networks
+from common import networks, script
 from common.augment import rng
 from methods import sre2l
 from methods.sre2l import PUBLISHED, PUBLISHED_CDA, Config, RecoverState
@@ -569,6 +570,36 @@ for teacher in (torchvision.models.resnet18(num_classes=3), Own()):
     assert out["images"].shape == (6, 3, 32, 32) and out["images"].isfinite().all()
 print("alone")
 """
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept", "row"),
+    [
+        (["perturb=0.0"], "sre2l", None),
+        (["dataset=tiny-imagenet", "curriculum=cosine"], "cda", sre2l.PUBLISHED_CDA["tiny-imagenet", None]),
+        (["dataset=cifar10", "perturb=0.02"], "dwa", sre2l.PUBLISHED_DWA["cifar10", None]),
+        (["dataset=my-own", "perturb=0.015"], "dwa", sre2l.PUBLISHED_DWA["imagenet-1k", None]),
+    ],
+)
+def test_the_script_takes_the_settings_of_the_method_that_its_arguments_name(arguments, kept, row, monkeypatch):
+    seen = {}
+
+    def run(argv, name, config, published, *_, **more):
+        seen.update(kept=more["kept"], published=published)
+
+    monkeypatch.setattr(script, "run_with_teacher", run)
+    monkeypatch.setattr(sys, "argv", ["sre2l.py", *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(sre2l.__file__, run_name="__main__")
+    dataset = dict(a.split("=") for a in arguments).get("dataset", "digits")
+    assert seen["kept"] == kept and (row is None or seen["published"][dataset, None] == row)
+
+
+def test_two_methods_at_once_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sre2l.py", "curriculum=cosine", "perturb=0.1"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(sre2l.__file__, run_name="__main__")
+    assert end.value.code == 2 and "two methods; pass one of them" in capsys.readouterr().err
 
 
 def test_the_file_runs_alone(tmp_path):
