@@ -621,18 +621,18 @@ def synthesise(
         read = lambda rows: (images[rows.to(images.device)], sizes[rows])  # noqa: E731
     config, classes = resolved(config, size), int(labels.max()) + 1
     _check_crops(config, teacher, dtype, labels, size)
-    if state is None:
-        made = torch.zeros(classes * config.ipc, len(mean), size, size, dtype=torch.uint8)
-        state = Synthesis(made, generator.get_state())
-    generator.set_state(state.generator)
-    for k in range(state.number, classes):
+    if state is not None:
+        generator.set_state(state.generator)
+    for k in range(state.number if state else 0, classes):
         rows = ranked(scores, labels, k)[: config.pool]
         patches, _ = best_crops(
             teacher, *read(rows), k, config, size=size, mean=mean, std=std, generator=generator
         )
         # 1e-3: weights that add up to a little less than 1 must not cost an even area a level.
-        own = slice(k * config.ipc, (k + 1) * config.ipc)
-        state.images[own] = (stitch(patches, config.factor, size) + 1e-3).to(torch.uint8)
+        made = (stitch(patches, config.factor, size) + 1e-3).to(torch.uint8)
+        if state is None:
+            state = Synthesis(made.new_zeros(classes * len(made), *made.shape[1:]), generator.get_state())
+        state.images[k * len(made) : (k + 1) * len(made)] = made
         state.number, state.generator = k + 1, generator.get_state()
         if on_step:
             on_step(state)

@@ -189,15 +189,15 @@ def cam(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     if not last:
         raise ValueError(f"the teacher {type(teacher).__name__} has no class activation map: it makes no map at all")
     maps = last[0].to(weight.dtype)  # [B, D', h, w]
-    if _same(features, maps.mean((2, 3))):
+    if weight.shape[1] == maps.shape[1]:  # averaged, or pooled in another way
         weight = weight[:, :, None, None]
-    elif _same(features, maps.flatten(1)):
+    elif _same(features, maps.flatten(1)) or _same(features, maps.relu().flatten(1)):  # a ReLU may be no module
         weight = weight.view(-1, *maps.shape[1:])
     else:
         raise ValueError(
             f"the teacher {type(teacher).__name__} has no class activation map: its last map is "
             f"{list(maps.shape[1:])}, its classifier takes {weight.shape[1]} features that are neither that map nor "
-            "its mean over positions; allowed: a map that is averaged or flattened before the classifier"
+            "one number a channel; allowed: a map that is averaged or flattened before the classifier"
         )
     return (weight * maps).sum(1), _wide(logits)
 
@@ -207,7 +207,7 @@ def _same(features: Tensor, other: Tensor) -> bool:
     if features.shape != other.shape or features.is_meta:
         return features.shape == other.shape
     features, other = _wide(features), _wide(other)
-    return bool((features - other).norm() <= 0.02 * other.norm())
+    return not (features - other).norm() > 0.02 * other.norm()  # what is not finite is said elsewhere
 
 
 def normalised_cam(maps: Tensor, size: int) -> Tensor:
@@ -774,15 +774,17 @@ def discover(
         sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes
         read, side = lambda rows: (images[rows], sizes[rows]), int(sizes.amin(1).median())
     check(config, teacher, labels, size=size, side=side)
-    classes, ipc = int(labels.max()) + 1, config.ipc
-    if state is None:
-        state = Discovery(torch.zeros(classes * ipc, len(mean), size, size), generator.get_state())
-    generator.set_state(state.generator)
-    for k in range(state.number, classes):
+    classes = int(labels.max()) + 1
+    if state is not None:
+        generator.set_state(state.generator)
+    for k in range(state.number if state else 0, classes):
         own = (labels == k).nonzero().flatten()
         drawn = own[torch.randperm(len(own), generator=generator)[: config.pool]]
         patches, _ = select(teacher, *read(drawn), k, config, size=size, mean=mean, std=std, generator=generator)
-        state.images[k * ipc : (k + 1) * ipc] = stitch(patches, config.factor(size), size).cpu() / 255
+        made = stitch(patches, config.factor(size), size).cpu() / 255
+        if state is None:
+            state = Discovery(made.new_zeros(classes * len(made), *made.shape[1:]), generator.get_state())
+        state.images[k * len(made) : (k + 1) * len(made)] = made
         state.number, state.generator = k + 1, generator.get_state()
         if on_step:
             on_step(state)
