@@ -38,7 +38,7 @@ def all_there(monkeypatch):
     # Views of 50,000 images are not needed to plan: one stands for all.
     monkeypatch.setattr(
         datasets.Dataset, "center",
-        lambda data, size, *_, **__: torch.zeros(1, data.images.shape[1], size, size).expand(len(data), -1, -1, -1),
+        lambda data, size, *_, **__: data.images[:, :, :1, :1].expand(-1, -1, size, size),
     )  # fmt: skip
 
 
