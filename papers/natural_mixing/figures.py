@@ -56,8 +56,6 @@ def figure1(run: Run) -> Figure | None:
     if full is not None and len(full := full[full["method"] == "Full data"]):
         own = pd.concat([full.assign(arm="all training\nimages"), own])
         text += f", beside all training images ({run.paper.scales[run.args.scale]['measure']['full']['epochs']} epochs)"
-    else:
-        text += "; the network of all training images was not run"
     figure, ((ax,),) = drawing.axes_of(4.2, 3.2)
     _bars(own, ax, x="arm", color=COLOURS[0])
     ax.set(xlabel="what the ConvNet trains on", ylabel="top-1 accuracy (%)")
