@@ -168,8 +168,8 @@ def cam(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     """Class activation maps (Eq. 1), raw: normalised images [B, C, S, S], labels [B] -> maps [B, h, w], logits [B, K].
 
     The last map of more than one pixel that a module hands on is weighted by the classifier's row of the label: per
-    channel where the map is averaged before the classifier (mean of the map + bias = logit), per position where it is
-    flattened (sum + bias = logit).  ValueError for a teacher that does neither.
+    channel where the classifier takes one number a channel (where that is the average: mean of the map + bias = logit),
+    per position where it takes the flattened map (sum + bias = logit).  ValueError where it takes neither.
     """
     last, entered = [], []
 
@@ -185,13 +185,13 @@ def cam(teacher: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     finally:
         for hook in hooks:
             hook.remove()
-    weight, features = classifier.weight[labels], entered[-1].flatten(1)  # [B, D] each
+    weight = classifier.weight[labels]  # [B, D]
     if not last:
         raise ValueError(f"the teacher {type(teacher).__name__} has no class activation map: it makes no map at all")
     maps = last[0].to(weight.dtype)  # [B, D', h, w]
     if weight.shape[1] == maps.shape[1]:  # averaged, or pooled in another way
         weight = weight[:, :, None, None]
-    elif _same(features, maps.flatten(1)) or _same(features, maps.relu().flatten(1)):  # a ReLU may be no module
+    elif any(_same(entered[-1].flatten(1), m.flatten(1)) for m in (maps, maps.relu())):  # a ReLU may be no module
         weight = weight.view(-1, *maps.shape[1:])
     else:
         raise ValueError(
