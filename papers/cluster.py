@@ -186,7 +186,7 @@ def there(lab: Lab, stage: Stage) -> bool:
     """Whether the store holds a stage that another machine may just have made."""
     if (folder := lab.store.root / stage.name).is_dir():
         os.listdir(folder)  # a network file system may remember an absence: listing makes it ask again
-    return lab.store.status(stage.name, stage.settings, stage.inputs) == "cached"
+    return lab.cached(stage)
 
 
 # ---------------------------------------------------------------- in the driver

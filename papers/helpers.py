@@ -49,7 +49,7 @@ class Ahead:
             if self._done(stage) or self._hopeless(stage) or not all(self._done(need) for need in stage.needs):
                 continue
             try:
-                if self.lab.store.make(stage.name, stage.settings, stage.inputs, stage.build, wait=False):
+                if self.lab.make(stage, wait=False):
                     return True
             except Exception as error:
                 self.lab.failed[self.lab.key(stage)] = error
@@ -63,7 +63,7 @@ class Ahead:
 
     def _done(self, stage: Stage) -> bool:
         key = self.lab.key(stage)
-        if key not in self.done and self.lab.store.status(stage.name, stage.settings, stage.inputs) == "cached":
+        if key not in self.done and self.lab.cached(stage):
             self.done.add(key)
         return key in self.done
 

@@ -20,7 +20,7 @@ from common.scaling import epochs_for, fitted_epochs
 from common.store import Product
 from common.views import Recipe, normalise
 from methods import coresets, dc, dm, dsa, mtt
-from papers import mixing_stages, selection_stages
+from papers import committed, mixing_stages, selection_stages
 from papers.plan import Cell, merged
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class MatchingSetup:
     transfer: tuple[str, ...] = ()  # students whose mean accuracy is the number
     times: float = 1.0  # students train that many times as long as the protocol says
     budget: float = 0.0  # or for as many views as so many passes over the training set have
+    sets_in: str = ""  # <paper>/<scale> whose committed sets may stand for those distilled here
     looks: bool = False  # students are also tested on the way, at the epochs that the scaling law is fitted to
 
     @property
@@ -154,7 +155,7 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
     return MatchingSetup(
         data["dataset"], size, network, data["run_on"], protocol, distill | {"ipc": cell.ipc}, mix,
         scale.get("measure", {}), teacher_network, replace(base, **taught) if teacher_network else None,
-        student_network, tuple(transfer), **length,
+        student_network, tuple(transfer), sets_in=scale.get("sets_in", ""), **length,
     )  # fmt: skip
 
 
@@ -204,6 +205,10 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     if algorithm in selection_stages.SELECTIONS:
         return selection_stages.images(lab, setup, on, algorithm, seed)
     method, config = ALGORITHMS[algorithm], _config(lab, setup, algorithm)
+    settings = {**facts, "method": method.__name__.rsplit(".", 1)[-1], "config": asdict(config)}
+    if lab.committed and setup.sets_in and (known := committed.found(setup.sets_in, on, settings)):
+        key, read = known
+        return lab.kept("distill", key, settings, read, what)
     needs = experts(lab, setup, on, mtt.ExpertConfig.of(config), seed) if method is mtt else ()
 
     def build(work: Path) -> Product:
@@ -212,7 +217,6 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
             work, on, config, method.distill, method.State.restore, seed, *arguments, augmented=method is not dc
         )
 
-    settings = {**facts, "method": method.__name__.rsplit(".", 1)[-1], "config": asdict(config)}
     inputs, cost = (on.train.fingerprint, *needs), _cost(config, method, on)
     return lab.stage("distill", settings, inputs, build, cost, what, *needs)
 

@@ -101,6 +101,7 @@ def load_paper(name: str) -> Paper:
                 raise ValueError(f"{path}, scale {scale}: sets_of names the paper itself")
             other = load_paper(facts["sets_of"]).scales[scale]
             shared = {k: merged(other.get(k), facts.get(k)) for k in ("methods", "networks")}
+            shared["sets_in"] = other.get("sets_in", f"{facts['sets_of']}/{scale}")  # a folder of the tables
             content["scales"][scale] = {**facts, **shared}
     return Paper(name, **{**content, "cells": tuple(content["cells"])})
 

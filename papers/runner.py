@@ -23,7 +23,7 @@ import torch
 from common import cli
 from common.hardware import autocast, hardware, resolve_device
 from common.store import Store, write_atomic
-from papers import image_stages, matching_stages, plan, report
+from papers import committed, image_stages, matching_stages, plan, report
 from papers.arguments import Args, describe, names_scale, parse, seconds
 from papers.plan import Cell, Paper, load_paper, select
 from papers.setups import Setup, outdated, setup_of
@@ -169,7 +169,7 @@ def stages_of(cell: Cell, setup: Setup, lab: Lab, seeds: tuple[int, ...]) -> lis
 def pending(planned: Planned, lab: Lab) -> dict[str, Stage]:
     """The stages of a cell that are not in the store, by key, in the order to run them."""
     stages = {lab.key(s): s for top in planned.stages for s in top.all()}
-    return {k: s for k, s in stages.items() if lab.store.status(s.name, s.settings, s.inputs) == "missing"}
+    return {k: s for k, s in stages.items() if not lab.cached(s)}
 
 
 def speed(lab: Lab) -> float:
@@ -207,7 +207,13 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
             lines.append(f"  {p.cell.id:<58} {state}")
     total = clock(sum(s.flops for s in todo.values()) / rate)
     head = [f"{n} cells {state}" for state, n in states.items()]
+    head += [committed.taken(sets)] if (sets := len(taken(planned))) else []
     return "\n".join([*lines, "", *head, f"{len(todo)} stages to run, about {total} on {hardware(lab.device)}"])
+
+
+def taken(planned: list[Planned]) -> set[str]:
+    """The keys of sets that were made before and come with the project."""
+    return {stage.kept for p in planned for top in p.stages for stage in top.all() if stage.kept}
 
 
 def told(p: Planned) -> bool:
@@ -224,7 +230,8 @@ def clock(s: float) -> str:
 
 def lab_of(args: Args) -> Lab:
     """Data, device and store of a run."""
-    return Lab(Store(Path(args.store).expanduser()), args.data or None, resolve_device(args.device), args.precision)
+    store, device = Store(Path(args.store).expanduser()), resolve_device(args.device)
+    return Lab(store, args.data or None, device, args.precision, args.committed)
 
 
 def run(args: Args) -> Run:
@@ -238,6 +245,8 @@ def run(args: Args) -> Run:
         return Run(args, paper, lab, planned, folder, {})
     with engine(args) as run_planned:
         planned = make_plan(args, paper, lab)
+        if sets := len(taken(planned)):
+            print(committed.taken(sets), flush=True)
         gathered(args, paper, lab, planned, folder).check()
         try:
             run_planned(planned, lab, folder, args)
@@ -344,7 +353,8 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     stored = by_name.get("relabel", {}).get("bytes", made.get("label_bytes", 0))
     label_bytes = last_meta.get("label_bytes", stored)  # a student may use less of them
     stages = [
-        {"stage": stage.name, "key": key} | {k: entries[key].meta[k] for k in ("seconds", "finished", "made")}
+        {"stage": stage.name, "key": key}
+        | {k: entries[key].meta[k] for k in ("set", "seconds", "finished", "made") if k in entries[key].meta}
         for key, stage in chain.items()
     ]
     return {
