@@ -165,7 +165,8 @@ def nrr_dd(tables: Path) -> str:
         return ""
     what = f"ConvNet, students on three kinds of label{taught_by(cells)}"
     head = f"`paper=nrr_dd scale=small`, {made_on(cells)}, {what}:"
-    table = by_label(cells, (RANDOM, "SRe2L", "RDED", "NRR-DD"), printed_in_table1("nrr_dd", "CIFAR-10", "ConvNet"))
+    methods = (RANDOM, "SRe2L", "WMDD", "RDED", "NRR-DD")
+    table = by_label(cells, methods, printed_in_table1("nrr_dd", "CIFAR-10", "ConvNet"))
     return "\n".join([head, "", *table])
 
 
