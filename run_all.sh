@@ -42,8 +42,8 @@ Keys:
              with engine=ray as many as fit
   address    HOST:PORT of a running Ray cluster; default: one of this run's own, on this machine
   shared_store  false where the machines of a cluster share no folder: results then travel by Ray
-  committed  true takes distilled sets of another paper that are committed with its tables; false
-             distils them; default: true
+  committed  true: where a paper tests the sets of another, those committed with its tables are
+             read; false: distilled; default: true
   dry_run    true prints the plan and stops
   debug      true prints the whole traceback of an error
 

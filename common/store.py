@@ -25,7 +25,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -98,13 +98,11 @@ class Store:
 
     def status(self, stage: str, settings: dict, inputs: Sequence[str] = ()) -> str:
         """'cached' or 'missing', from names and sizes alone: cheap enough to ask for every cell of a plan."""
-        return "cached" if self.has(stage, self.key(stage, settings, inputs)) else "missing"
-
-    def has(self, stage: str, key: str) -> bool:
-        """Whether an entry is there, from names and sizes alone."""
-        with suppress(Damaged):
-            return _read(self.root / stage / key, hashes=False) is not None
-        return False
+        try:
+            found = _read(self.root / stage / self.key(stage, settings, inputs), hashes=False)
+        except Damaged:
+            found = None
+        return "cached" if found else "missing"
 
     def get(self, stage: str, key: str) -> Entry | None:
         """The entry, every file checked against its size and sha256; None if missing, or damaged and so set aside."""
@@ -144,17 +142,6 @@ class Store:
             shutil.rmtree(work, ignore_errors=True)
         return entry
 
-    def keep(self, stage: str, key: str, product: Product) -> Entry:
-        """The entry of this key; where it is missing, from what was made elsewhere and kept in another form.
-
-        product.meta: all that the build said then, its settings, inputs, seconds and finished among it.
-        """
-        path = self.root / stage / key
-        with _sentence(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            return _read_or_set_aside(path) or _write(path, product)
-
     def receive(self, stage: str, key: str, files: Mapping[str, bytes]) -> None:
         """Keeps an entry that another store holds, as `Entry.files` read it there; Damaged if it is not whole."""
         path = self.root / stage / key
@@ -193,7 +180,21 @@ class Store:
         seconds = round(before + time.perf_counter() - start, 3)
         finished = datetime.now().astimezone().isoformat(timespec="seconds")
         facts = {"settings": settings, "inputs": list(inputs), "seconds": seconds, "resumed": resumed}
-        return _write(path, replace(product, meta={**product.meta, **facts, "finished": finished}))
+        meta = {**product.meta, **facts, "finished": finished}
+        files = {META: json.dumps(meta, indent=1).encode(), **product.files}
+        for name in product.files:
+            if name in ("", TENSORS, META, MANIFEST) or Path(name).name != name:
+                raise ValueError(f"file {name!r} must be a plain name, and none of {TENSORS}, {META}, {MANIFEST}")
+        with replacing(path) as folder:
+            folder.mkdir()
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
+            save_file(storable(product.tensors), folder / TENSORS)
+            shutil.copymode(folder / META, folder / TENSORS)  # safetensors lets nobody but the owner read
+            manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+                        for name in (TENSORS, *files)}
+            (folder / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
+        return _read(path, hashes=False)
 
 
 class Checkpoint:
@@ -347,24 +348,6 @@ def _read(path: Path, hashes: bool = True) -> Entry | None:
     except (ValueError, KeyError, TypeError):
         raise Damaged(f"entry {path} is damaged: {MANIFEST} or {META} cannot be read") from None
     return Entry(path.parent.name, path.name, path, meta)
-
-
-def _write(path: Path, product: Product) -> Entry:
-    """An entry at `path`, for one who holds the lock."""
-    files = {META: json.dumps(product.meta, indent=1).encode(), **product.files}
-    for name in product.files:
-        if name in ("", TENSORS, META, MANIFEST) or Path(name).name != name:
-            raise ValueError(f"file {name!r} must be a plain name, and none of {TENSORS}, {META}, {MANIFEST}")
-    with replacing(path) as folder:
-        folder.mkdir()
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-        save_file(storable(product.tensors), folder / TENSORS)
-        shutil.copymode(folder / META, folder / TENSORS)  # safetensors lets nobody but the owner read
-        manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-                    for name in (TENSORS, *files)}
-        (folder / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
-    return _read(path, hashes=False)
 
 
 def _read_or_set_aside(path: Path) -> Entry | None:

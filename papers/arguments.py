@@ -48,7 +48,7 @@ class Args:
     )
     address: str = _arg("", "HOST:PORT of a running Ray cluster; empty: one of this run's own, on this machine")
     shared_store: bool = _arg(True, "false where the machines of a cluster share no folder: results then travel by Ray")
-    committed: bool = _arg(True, "take sets of another paper that are committed with its tables; false: distil them")
+    committed: bool = _arg(True, "read sets of another paper that are committed with its tables; false: distil")
     dry_run: bool = _arg(False, "print the plan and stop")
 
     def __post_init__(self):

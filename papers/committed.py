@@ -1,105 +1,87 @@
-"""Distilled sets that are committed with the tables of a paper: papers that test its sets (`sets_of`) take them.
+"""Distilled sets that are committed with the tables of a paper: papers that test its sets (`sets_of`) read them.
 
-A set stands for the stage that made it, and has its key: students trained on it before are found again.  It serves
-where its file says the same method and settings, its classes and whitening are those of the data at hand, and a result
-file of the paper names the stage.
+A set serves a cell whose distillation has the settings that its file names, on a data set of the same classes and
+normalisation (for a whitened one: on the same images). The stage that reads it is named by its content, so a set that a
+run distils itself is another one.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import torch
 
 from common import matching
 from common.distilled_set import DistilledSet, read
 from common.store import Product
 from papers.plan import ROOT
 
-__all__ = ["found", "taken"]
+__all__ = ["found", "origin", "product"]
 
 TABLES = ROOT.parent / "tables"
 HOW = {"precision", "compile", "memory", "in_flight", "chunk"}  # of a config: how a set is computed, not which
+SET = "committed set"  # in the settings of a stage that reads one: its fingerprint
+RECORD = ("seconds", "finished", "made", "run_on")  # what a result says of the distillation
 
 
-def found(folder: str, on: matching.Setting, settings: Mapping) -> tuple[str, Callable[[Path], Product]] | None:
-    """(key, build) of the committed set that has these settings, or None.
+def found(folder: str, on: matching.Setting, settings: Mapping) -> tuple[Path, DistilledSet] | None:
+    """The committed set that was distilled with these settings, or None.
 
-    folder: <paper>/<scale>.  settings: those of a distill stage.  ValueError for a file that cannot be read.
+    folder: <paper>/<scale>.  settings: those of the distill stage.  ValueError for a file that cannot be read.
     """
-    stages = _stages(TABLES / folder / "cells")
-    for path, facts in _facts(TABLES / folder / "sets"):
-        stage = stages.get(facts["settings"].get("stage"))
-        if stage and _fits(facts, on) and _same(facts["settings"], settings):
-            return stage["key"], lambda work, path=path, stage=stage: _product(path, on, stage)
+    for path, own in _sets(TABLES / folder / "sets"):
+        if alike(own.settings, settings) and _fits(own, on):
+            return path, own
     return None
 
 
-def taken(sets: int) -> str:
-    """What a run says of the sets that it takes."""
-    return f"{sets} distilled set{'s' * (sets > 1)} taken as committed with the tables; committed=false distils anew"
+def alike(made: Mapping, settings: Mapping) -> bool:
+    """Whether a set whose file says `made` is the one that a distill stage with `settings` would make."""
 
-
-def _fits(facts: Mapping, on: matching.Setting) -> bool:
-    """Whether networks see the images as they did when the set was made."""
-    whitening = facts["whitening"]
-    known = whitening is None or whitening["fitted_on"] == on.train.fingerprint
-    return known and tuple(facts["classes"]) == on.train.classes
-
-
-def _same(made: Mapping, settings: Mapping) -> bool:
     def which(config: Mapping) -> dict:
         return {k: v for k, v in config.items() if k not in HOW}
 
+    recorded = all(name in made for name in (*RECORD, "config"))
     facts = all(made.get(name) == value for name, value in settings.items() if name != "config")
-    return facts and which(made.get("config", {})) == which(settings["config"])
+    return recorded and facts and which(made["config"]) == which(settings["config"])
 
 
-@functools.cache
-def _facts(folder: Path) -> list[tuple[Path, dict]]:
-    """What every set of a folder says of itself, from the heads of the files."""
-    heads = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                heads.append((path, json.loads(file.metadata()["facts"])))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{_name(path)} cannot be read: {error}; committed=false distils without it") from error
-    return heads
+def product(path: Path, own: DistilledSet, on: matching.Setting) -> Product:
+    """A set as a distill stage leaves it, images as network input; meta["set"]: file and origin."""
+    tensors = {"images": on.inputs(own.images.to(on.device)).cpu().contiguous(), "labels": own.labels}
+    tensors |= {"soft_labels": own.soft_labels} if own.soft_labels is not None else {}
+    tensors |= {"lr": torch.tensor(own.student_lr)} if own.student_lr is not None else {}
+    told = {"set": name_of(path), "precision": own.settings["config"].get("precision", "")}
+    told |= {name: own.settings[name] for name in RECORD}
+    return Product(tensors, {"set": told, **matching.size_of(tensors)}, {"preview.png": matching.preview(on, tensors)})
 
 
-@functools.cache
-def _stages(folder: Path) -> dict[str, dict]:
-    """The distill stages that the result files of a paper name, by key."""
-    results = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
-    peak = "peak_memory_bytes"
-    return {s["key"]: {**s, peak: r[peak]} for r in results for s in r["stages"] if s["stage"] == "distill"}
+def origin(meta: Mapping) -> Mapping:
+    """When, where and in how many seconds the product of a stage was made; for a committed set, distilled."""
+    return meta.get("set") or {name: meta[name] for name in ("seconds", "finished", "made")}
 
 
-def _product(path: Path, on: matching.Setting, stage: Mapping) -> Product:
-    try:
-        own = read(path)
-    except ValueError as error:
-        said = str(error).replace(str(path), _name(path))
-        raise ValueError(f"{said}; committed=false distils without it") from error
-    tensors = _inputs(own, on)
-    told = {k: stage[k] for k in ("made", "seconds", "finished", "peak_memory_bytes")}
-    told |= {"set": _name(path), "settings": own.settings, "inputs": [], "resumed": False}
-    return Product(tensors, {**matching.size_of(tensors), **told}, {"preview.png": matching.preview(on, tensors)})
-
-
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     """A file of the project, as it is called on every machine."""
     return path.relative_to(TABLES.parent).as_posix()
 
 
-def _inputs(own: DistilledSet, on: matching.Setting) -> dict[str, Tensor]:
-    """A set as the distill stage kept it: images as network input."""
-    images = on.inputs(own.images.to(on.device)).cpu().contiguous()
-    tensors = {"images": images, "labels": own.labels, "soft_labels": own.soft_labels, "weights": own.weights}
-    tensors["lr"] = None if own.student_lr is None else Tensor([own.student_lr])[0]
-    return {name: t for name, t in tensors.items() if t is not None}
+def _fits(own: DistilledSet, on: matching.Setting) -> bool:
+    """Whether networks see the images as they did when the set was made."""
+    train = on.train
+    same = (own.classes, own.mean, own.std) == (train.classes, tuple(train.mean), tuple(train.std))
+    return same and (own.whitening is None or own.whitening["fitted_on"] == train.fingerprint)
+
+
+@functools.cache
+def _sets(folder: Path) -> list[tuple[Path, DistilledSet]]:
+    sets = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            sets.append((path, read(path)))
+        except (OSError, ValueError) as error:
+            said = str(error).replace(str(path), name_of(path))
+            raise ValueError(f"{said}; committed=false distils without it") from error
+    return sets

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import cli
 from common.distilled import SUFFIX, DistilledSet, write
 from common.store import Entry
-from papers import matching_stages, runner
+from papers import committed, matching_stages, runner
 from papers.arguments import Args, completed
 from papers.matching_stages import MatchingSetup
 from papers.plan import load_paper
@@ -24,7 +24,9 @@ from papers.stages import Lab, Stage
 
 __all__ = ["Found", "as_set", "export", "main", "parse", "wanted"]
 
-KEYS = ("paper", "scale", "only", "skip", "seeds", "device", "precision", "data", "store")  # of a run: they name sets
+KEYS = (  # of a run: they name sets
+    "paper", "scale", "only", "skip", "seeds", "device", "precision", "data", "store", "committed",
+)  # fmt: skip
 DRAWN = ("random", matching_stages.RANDOM)  # algorithms with a set for each seed
 PURPOSE = (
     "Writes the distilled sets of a paper as files, from the store of the runs that made them; distils nothing. "
@@ -104,6 +106,9 @@ def export(args: Args, out: Path, layout: str = "safetensors") -> list[Path]:
         if not p.stages and runner.told(p):
             lacking[p.why].append(p.cell.id)
     for key, found in sets.items():
+        if committed.SET in found.stage.settings:
+            lacking["a file of the project already, which committed=true reads"].append(found.cells[0])
+            continue
         entry = lab.store.get(found.stage.name, key)
         if entry is None:
             lacking[f"not in {args.store} yet"].append(found.cells[0])

@@ -49,7 +49,7 @@ class Ahead:
             if self._done(stage) or self._hopeless(stage) or not all(self._done(need) for need in stage.needs):
                 continue
             try:
-                if self.lab.make(stage, wait=False):
+                if self.lab.store.make(stage.name, stage.settings, stage.inputs, stage.build, wait=False):
                     return True
             except Exception as error:
                 self.lab.failed[self.lab.key(stage)] = error

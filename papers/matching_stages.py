@@ -61,7 +61,7 @@ class MatchingSetup:
     transfer: tuple[str, ...] = ()  # students whose mean accuracy is the number
     times: float = 1.0  # students train that many times as long as the protocol says
     budget: float = 0.0  # or for as many views as so many passes over the training set have
-    sets_in: str = ""  # <paper>/<scale> whose committed sets may stand for those distilled here
+    sets_in: str = ""  # <paper>/<scale> whose committed sets are read where they are those distilled here
     looks: bool = False  # students are also tested on the way, at the epochs that the scaling law is fitted to
 
     @property
@@ -207,8 +207,12 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     method, config = ALGORITHMS[algorithm], _config(lab, setup, algorithm)
     settings = {**facts, "method": method.__name__.rsplit(".", 1)[-1], "config": asdict(config)}
     if lab.committed and setup.sets_in and (known := committed.found(setup.sets_in, on, settings)):
-        key, read = known
-        return lab.kept("distill", key, settings, read, what)
+        path, own = known
+
+        def read(work: Path) -> Product:
+            return committed.product(path, own, on)
+
+        return lab.stage("distill", {committed.SET: own.fingerprint()}, (), read, 0.0, what)
     needs = experts(lab, setup, on, mtt.ExpertConfig.of(config), seed) if method is mtt else ()
 
     def build(work: Path) -> Product:

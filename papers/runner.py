@@ -207,13 +207,19 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
             lines.append(f"  {p.cell.id:<58} {state}")
     total = clock(sum(s.flops for s in todo.values()) / rate)
     head = [f"{n} cells {state}" for state, n in states.items()]
-    head += [committed.taken(sets)] if (sets := len(taken(planned))) else []
+    head += taken(planned)
     return "\n".join([*lines, "", *head, f"{len(todo)} stages to run, about {total} on {hardware(lab.device)}"])
 
 
-def taken(planned: list[Planned]) -> set[str]:
-    """The keys of sets that were made before and come with the project."""
-    return {stage.kept for p in planned for top in p.stages for stage in top.all() if stage.kept}
+def taken(planned: list[Planned]) -> list[str]:
+    """A line on the committed sets that are read, where there are any."""
+    stages = {id(p.setup): [s for top in p.stages for s in top.all() if committed.SET in s.settings] for p in planned}
+    sets = {s.settings[committed.SET] for own in stages.values() for s in own}
+    folders = {p.setup.sets_in for p in planned if p.setup is not None and stages[id(p.setup)]}
+    if not sets:
+        return []
+    where = " and ".join(f"tables/{folder}/sets" for folder in sorted(folders))
+    return [f"{len(sets)} distilled set{'s' * (len(sets) > 1)} read from {where}; committed=false distils them here"]
 
 
 def told(p: Planned) -> bool:
@@ -245,8 +251,7 @@ def run(args: Args) -> Run:
         return Run(args, paper, lab, planned, folder, {})
     with engine(args) as run_planned:
         planned = make_plan(args, paper, lab)
-        if sets := len(taken(planned)):
-            print(committed.taken(sets), flush=True)
+        print(*taken(planned), sep="\n", end="\n" * bool(taken(planned)), flush=True)
         gathered(args, paper, lab, planned, folder).check()
         try:
             run_planned(planned, lab, folder, args)
@@ -336,9 +341,10 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     """Make the stages of one cell and gather its result."""
     chain = {lab.key(s): s for top in p.stages for s in top.all()}
     entries = {key: lab.entry(stage) for key, stage in chain.items()}
+    stages = [{"stage": stage.name, "key": key, **committed.origin(entries[key].meta)} for key, stage in chain.items()]
     spent: dict[str, float] = {}
-    for key, stage in chain.items():
-        spent[stage.name] = round(spent.get(stage.name, 0.0) + entries[key].meta["seconds"], 3)
+    for record in stages:
+        spent[record["stage"]] = round(spent.get(record["stage"], 0.0) + record["seconds"], 3)
     if p.cell.metric == "time":
         own = ("statistics", "barycenters", "recover", "distill")  # what the method does with a teacher
         values, seeds = [sum(spent.get(stage, 0.0) for stage in own) / 3600], [0]
@@ -352,20 +358,18 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     made = by_name.get("distill", {"bytes": 0})  # real images alone make no set
     stored = by_name.get("relabel", {}).get("bytes", made.get("label_bytes", 0))
     label_bytes = last_meta.get("label_bytes", stored)  # a student may use less of them
-    stages = [
-        {"stage": stage.name, "key": key}
-        | {k: entries[key].meta[k] for k in ("set", "seconds", "finished", "made") if k in entries[key].meta}
-        for key, stage in chain.items()
-    ]
+    run_on, known = lab.run_on(p.setup), {record["run_on"] for record in stages if "run_on" in record}
+    run_on += "".join(f", a set distilled on {other}" for other in sorted(known - {run_on}))
     return {
         "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
         "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else None,
-        "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": lab.run_on(p.setup),
+        "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": run_on,
         "settings": {**lab.facts(p.setup), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),
         "bytes": {"images": made["bytes"], "labels": label_bytes},
         **stages[-1]["made"], "finished": stages[-1]["finished"], "stages": stages,
-        "command": f"bash run_all.sh paper={args.paper} scale={args.scale} only={p.cell.id}",
+        "command": f"bash run_all.sh paper={args.paper} scale={args.scale} only={p.cell.id}"
+        + ("" if args.committed else " committed=false"),
     }  # fmt: skip
 
 

@@ -49,7 +49,6 @@ class Stage:
     flops: float
     what: str
     needs: tuple[Stage, ...] = ()
-    kept: str = ""  # its key, where `build` reads what was made before, elsewhere
 
     def all(self) -> Iterator[Stage]:
         """This stage and all it stands on, in the order to run them."""
@@ -63,7 +62,7 @@ class Lab:
 
     def __init__(self, store: Store, root: str | None, device: torch.device, precision: str, committed: bool = True):
         self.store, self.root, self.device = store, root, device
-        self.committed = committed  # whether sets that are committed with the tables stand for their stages
+        self.committed = committed  # whether sets that are committed with the tables are read, not distilled
         self.dtype = resolve_precision(precision, device)
         self.precision = precision_name(self.dtype)
         self.failed: dict[str, Exception] = {}  # stages that were tried ahead, by key
@@ -103,25 +102,13 @@ class Lab:
         names = tuple(self.key(i) if isinstance(i, Stage) else i for i in inputs)
         return Stage(name, settings, names, recorded(build, self.device), flops, what, needs)
 
-    def kept(self, name: str, key: str, settings: dict, build, what: str) -> Stage:
-        """A stage that was made before, elsewhere: `build` reads its product."""
-        return Stage(name, settings, (), build, 0.0, what, kept=key)
-
     @functools.cache  # noqa: B019
     def key(self, stage: Stage) -> str:
-        return stage.kept or self.store.key(stage.name, stage.settings, stage.inputs)
+        return self.store.key(stage.name, stage.settings, stage.inputs)
 
     def cached(self, stage: Stage) -> bool:
         """Whether the store has a stage, from names and sizes alone."""
-        return self.store.has(stage.name, self.key(stage))
-
-    def make(self, stage: Stage, *, wait: bool = True) -> Entry | None:
-        """The entry of a stage, made where it is missing; without `wait`, None where another process makes it."""
-        if stage.kept:
-            return self.store.get(stage.name, stage.kept) or self.store.keep(
-                stage.name, stage.kept, stage.build(self.store.root)
-            )
-        return self.store.make(stage.name, stage.settings, stage.inputs, stage.build, wait=wait)
+        return self.store.status(stage.name, stage.settings, stage.inputs) == "cached"
 
     def entry(self, stage: Stage) -> Entry:
         """The finished entry of a stage; made now if it is missing, checked once and again when its files change."""
@@ -130,7 +117,7 @@ class Lab:
             raise self.failed[key]
         entry, marks = self._checked.get(key, (None, None))
         if entry is None or entry.marks() != marks:
-            entry = self.make(stage)
+            entry = self.store.make(stage.name, stage.settings, stage.inputs, stage.build)
             self._checked[key] = entry, entry.marks()
         return entry
 

@@ -1,23 +1,25 @@
-"""Sets committed with the tables of a paper: they stand for their stages in papers that test them, or are refused."""
+"""Sets committed with the tables of a paper: papers that test its sets read them, or say why not."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from common import distilled
+from common import distilled, matching
 from papers import committed, export, matching_stages, runner
-from papers.plan import load_paper
+from papers.plan import ROOT, load_paper
 
 RUN = ["scale=smoke", "seeds=0", "device=cpu"]
 MATCHING = ["paper=matching", "only=table1/cifar-10/dm/convnet/1", *RUN]
 MIXING = ["paper=natural_mixing", "only=table1/cifar-10/dm/baseline/convnet/1/own", *RUN]
+COMMITTED = sorted((ROOT.parent / "tables" / "matching" / "small" / "sets").glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder with the tables that a run of paper=matching and an export of its set leave, and with its store."""
+    """A folder with the set that a run of paper=matching leaves, and with its store."""
     root = tmp_path_factory.mktemp("project")
     assert runner.main([*MATCHING, f"out={root / 'tables'}", f"store={root / 'runs'}"]) == 0
     sets = root / "tables" / "matching" / "smoke" / "sets"
@@ -26,95 +28,147 @@ def project(tmp_path_factory):
 
 
 @pytest.fixture
-def tables(project, tmp_path, monkeypatch):
-    """The sets and result files of that run, as if they were committed here."""
-    for kind in ("sets", "cells"):
-        folder = tmp_path / "tables" / "matching" / "smoke" / kind
-        folder.mkdir(parents=True)
-        for file in (project / "tables" / "matching" / "smoke" / kind).iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+def path(project, tmp_path, monkeypatch):
+    """The file of that set, as if it were committed here."""
+    folder = tmp_path / "tables" / "matching" / "smoke" / "sets"
+    folder.mkdir(parents=True)
+    (file,) = (project / "tables" / "matching" / "smoke" / "sets").iterdir()
+    (folder / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(committed, "TABLES", tmp_path / "tables")
-    for cached in (committed._facts, committed._stages):
-        cached.cache_clear()
-    return tmp_path / "tables" / "matching" / "smoke"
+    committed._sets.cache_clear()
+    yield folder / file.name
+    committed._sets.cache_clear()
 
 
-def planned(tmp_path, *more: str, change=None) -> tuple:
-    """The lab and the distill stage of a cell of natural_mixing, which tests the sets of matching."""
+def reads(tmp_path, *more: str, change=None) -> bool:
+    """Whether a cell of natural_mixing, which tests the sets of matching, reads a committed one."""
     args = runner.parse([*MIXING, f"store={tmp_path / 'own'}", f"out={tmp_path / 'out'}", *more])
     lab = runner.lab_of(args)
     (p,) = (p for p in runner.make_plan(args, load_paper(args.paper), lab) if p.stages)
-    return lab, matching_stages.images(lab, change(p.setup) if change else p.setup, "dm", 0)
+    stage = matching_stages.images(lab, change(p.setup) if change else p.setup, "dm", 0)
+    return committed.SET in stage.settings
 
 
-def made_before(project) -> tuple[str, dict]:
-    (path,) = (project / "runs" / "distill").glob("*/meta.json")
-    return path.parent.name, json.loads(path.read_text())
+def run_of(tmp_path, *more: str) -> dict:
+    out = tmp_path / "".join(["out", *more])
+    assert runner.main([*MIXING, f"store={tmp_path / 'own'}", f"out={out}", *more]) == 0
+    (result,) = (json.loads(file.read_text()) for file in out.rglob("cells/*.json"))
+    return result
 
 
-@pytest.mark.slow
-def test_a_committed_set_stands_for_its_stage(project, tables, tmp_path, capsys):
-    assert runner.main([*MIXING, f"store={tmp_path / 'own'}", f"out={tmp_path / 'out'}"]) == 0
-    said = capsys.readouterr().out
-    assert "1 distilled set taken as committed with the tables; committed=false distils anew" in said
-    key, meta = made_before(project)
-    (result,) = (json.loads(f.read_text()) for f in (tmp_path / "out").rglob("cells/*.json"))
-    stage = next(s for s in result["stages"] if s["stage"] == "distill")
-    assert stage["key"] == key and stage["set"].startswith("tables/matching/smoke/sets/")
-    assert all(stage[name] == meta[name] for name in ("seconds", "finished", "made"))
-    lab, again = planned(tmp_path)
-    own, was = (lab.entry(again).tensors(), runner.Store(project / "runs").get("distill", key).tensors())
-    assert own.keys() == was.keys() and torch.equal(own["labels"], was["labels"])
-    assert torch.allclose(own["images"], was["images"], atol=1e-5)
+def distilled_in(result: dict) -> dict:
+    return next(stage for stage in result["stages"] if stage["stage"] == "distill")
 
 
 @pytest.mark.slow
-def test_how_a_set_is_computed_does_not_matter_and_which_one_does(project, tables, tmp_path):
-    key, _ = made_before(project)
-    assert planned(tmp_path)[1].kept == key
+def test_a_committed_set_is_read_and_its_origin_told(project, path, tmp_path, capsys):
+    result = run_of(tmp_path)
+    assert "1 distilled set read from tables/matching/smoke/sets; committed=false" in capsys.readouterr().out
+    (was,) = (project / "runs" / "distill").glob("*/meta.json")
+    meta, told = json.loads(was.read_text()), distilled_in(result)
+    assert told["set"] == f"tables/matching/smoke/sets/{path.name}" and told["run_on"] == "digits, 32 px"
+    assert all(told[name] == meta[name] for name in ("seconds", "finished", "made"))
+    assert result["seconds"]["distill"] == meta["seconds"] and result["run_on"] == "digits, 32 px"
+    store = runner.Store(tmp_path / "own")
+    (own,) = (store.get("distill", file.name) for file in (tmp_path / "own" / "distill").iterdir() if file.is_dir())
+    before = runner.Store(project / "runs").get("distill", was.parent.name)
+    assert own.tensors().keys() == before.tensors().keys()
+    assert torch.allclose(own.tensors()["images"], before.tensors()["images"], atol=1e-5)
 
+
+@pytest.mark.slow
+def test_a_set_distilled_here_is_another_one(path, tmp_path):
+    read, made = run_of(tmp_path), run_of(tmp_path, "committed=false")  # in one store
+    assert "set" in distilled_in(read) and "set" not in distilled_in(made)
+    assert distilled_in(read)["key"] != distilled_in(made)["key"]
+    assert made["command"].endswith(" committed=false") and not read["command"].endswith("false")
+    assert "a set distilled on" not in made["run_on"]
+
+
+@pytest.mark.slow
+def test_a_result_says_that_its_set_was_distilled_on_other_files(path, tmp_path):
+    own = distilled.load(path)
+    replace(own, settings={**own.settings, "run_on": "digits kept as JPEG files"}).save(path)
+    assert run_of(tmp_path)["run_on"] == "digits, 32 px, a set distilled on digits kept as JPEG files"
+
+
+@pytest.mark.slow
+def test_how_a_set_is_computed_does_not_matter_and_which_one_does(path, tmp_path):
     def distilled_with(**settings):
         return lambda setup: replace(setup, distill={**setup.distill, **settings})
 
-    assert planned(tmp_path, change=distilled_with(compile=True, chunk=5, precision="mixed"))[1].kept == key
-    assert not planned(tmp_path, change=distilled_with(iterations=31))[1].kept
-    assert not planned(tmp_path, change=distilled_with(init="noise"))[1].kept
-    assert not planned(tmp_path, change=lambda setup: replace(setup, network="convnet3-w32"))[1].kept
-    assert not planned(tmp_path, "committed=false")[1].kept
+    assert reads(tmp_path)
+    assert reads(tmp_path, change=distilled_with(compile=True, chunk=5, precision="mixed"))
+    assert not reads(tmp_path, change=distilled_with(iterations=31))
+    assert not reads(tmp_path, change=distilled_with(init="noise"))
+    assert not reads(tmp_path, change=lambda setup: replace(setup, network="convnet3-w32"))
+    assert not reads(tmp_path, "committed=false")
 
 
 @pytest.mark.slow
-def test_sets_of_other_classes_or_without_a_result_are_not_taken(project, tables, tmp_path):
-    (path,) = (tables / "sets").iterdir()
-    own = distilled.load(path)
-    replace(own, classes=tuple(reversed(own.classes))).save(path)
-    assert not planned(tmp_path)[1].kept
-    own.save(path)
-    committed._facts.cache_clear()
-    assert planned(tmp_path)[1].kept
-    for file in (tables / "cells").iterdir():
-        file.unlink()
-    committed._stages.cache_clear()
-    assert not planned(tmp_path)[1].kept
+@pytest.mark.parametrize("change", [
+    {"classes": tuple("9876543210")},
+    {"mean": (0.4,)},
+    {"std": (0.9,)},
+    {"whitening": {"zca_eps": 0.1, "fitted_on": "other images"}},
+    {"settings": {}},
+])  # fmt: skip
+def test_sets_that_networks_would_see_otherwise_are_not_read(path, tmp_path, change):
+    replace(distilled.load(path), **change).save(path)
+    assert not reads(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_whitened_set_serves_the_images_it_was_whitened_on(project, tables, tmp_path):
-    lab, stage = planned(tmp_path)
-    on = matching_stages._setting(lab, *(stage.settings[k] for k in ("dataset", "size", "network", "zca")))
-    facts = {"classes": list(on.train.classes), "whitening": {"fitted_on": on.train.fingerprint}}
-    assert committed._fits(facts, on) and committed._fits({**facts, "whitening": None}, on)
-    assert not committed._fits({**facts, "whitening": {"fitted_on": "other images"}}, on)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("harm", ["cut", "altered"])
-def test_a_damaged_set_is_named_with_the_way_around_it(project, tables, tmp_path, capsys, harm):
-    (path,) = (tables / "sets").iterdir()
-    data = bytearray(path.read_bytes())
-    path.write_bytes(data[:100] if harm == "cut" else bytes([*data[:-4], *(255 - b for b in data[-4:])]))
+@pytest.mark.parametrize("harm", ["cut", "altered", "gone"])
+def test_a_damaged_set_is_named_with_the_way_around_it(path, tmp_path, capsys, harm):
+    data = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.write_bytes(data[:100] if harm == "cut" else bytes([*data[:-4], *(255 - b for b in data[-4:])]))
     assert runner.main([*MIXING, f"store={tmp_path / 'own'}", f"out={tmp_path / 'out'}"]) == 1
-    said = capsys.readouterr().out
-    if harm == "cut":  # seen by the plan, and so told as a row's status, in lines of a terminal's width
-        said = said.replace("\n  ", " ")
+    said = " ".join(capsys.readouterr().out.split())  # a status comes in lines of a terminal's width
     assert f"tables/matching/smoke/sets/{path.name}" in said and "committed=false distils without it" in said
+
+
+@pytest.mark.slow
+def test_a_set_that_is_a_file_already_is_not_exported_again(path, tmp_path, capsys):
+    run_of(tmp_path)
+    assert export.main([*MIXING, f"store={tmp_path / 'own'}", f"out={tmp_path / 'sets'}"]) == 1
+    assert "a file of the project already" in capsys.readouterr().out
+    run_of(tmp_path, "committed=false")
+    assert export.main([*MIXING, f"store={tmp_path / 'own'}", f"out={tmp_path / 'sets'}", "committed=false"]) == 0
+
+
+@pytest.mark.slow
+def test_learned_step_sizes_and_soft_labels_come_along(path, tmp_path):
+    own = distilled.load(path)
+    soft = torch.randn(len(own.labels), 10, generator=torch.Generator().manual_seed(0))
+    args = runner.parse([*MIXING, f"store={tmp_path / 'own'}"])
+    lab = runner.lab_of(args)
+    on = matching.setting("digits", None, device=lab.device, zca=True, store=lab.store)
+    whitened = replace(own, soft_labels=soft, student_lr=0.03, whitening={"fitted_on": on.train.fingerprint})
+    tensors = committed.product(path, whitened, on).tensors
+    assert torch.equal(tensors["soft_labels"], soft) and float(tensors["lr"]) == pytest.approx(0.03)
+    assert torch.allclose(on.pixels(tensors["images"]), own.images, atol=1e-4)
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_the_sets_of_the_project_are_those_that_small_would_distil(file: Path):
+    """With another setting, or one more, papers would not find their set any longer: it is to be made again."""
+    own = distilled.load(file)
+    scale = load_paper("survey").scales["small"]
+    ids = own.settings["cells"]
+    cell = next(cell for cell in load_paper("matching").cells_at("small") if cell.id == ids[0])
+    setup = matching_stages.matching_setup(scale, cell)
+    config = asdict(matching_stages.ALGORITHMS[cell.algorithm].Config(**setup.distill))
+    facts = {name: own.settings[name] for name in ("dataset", "size", "network", "seed", "method")}
+    assert scale["sets_in"] == "matching/small" and facts["dataset"] == setup.dataset and facts["seed"] == 0
+    assert (facts["size"], facts["network"]) == (32, "convnet3-instance")
+    assert own.settings["zca"] == bool(setup.distill.get("zca", False))
+    assert committed.alike(own.settings, {**facts, "config": config})
+
+
+def test_the_project_has_sets():
+    assert len(COMMITTED) >= 6
