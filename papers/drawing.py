@@ -87,9 +87,12 @@ def lines(data: pd.DataFrame, ax, **roles) -> None:
 
 
 def ipc_axis(ax, ipcs: Iterable[int]) -> None:
+    shown = sorted(set(ipcs))
     ax.set(xscale="log", xlabel=IPC_AXIS)
-    ax.set_xticks(sorted(set(ipcs)), [str(i) for i in sorted(set(ipcs))])
+    ax.set_xticks(shown, [str(i) for i in shown])
     ax.minorticks_off()
+    if len(shown) == 1:  # methods beside each other would fill the axis
+        ax.set_xlim(shown[0] / 3, shown[0] * 3)
 
 
 def dodged(data: pd.DataFrame, *names: str) -> pd.Series:
