@@ -18,7 +18,7 @@ from common.distilled_set import DistilledSet, read
 from common.store import Product
 from papers.plan import ROOT
 
-__all__ = ["found", "origin", "product"]
+__all__ = ["SET", "alike", "found", "origin", "product"]
 
 TABLES = ROOT.parent / "tables"
 HOW = {"precision", "compile", "memory", "in_flight", "chunk"}  # of a config: how a set is computed, not which
@@ -53,7 +53,7 @@ def product(path: Path, own: DistilledSet, on: matching.Setting) -> Product:
     tensors = {"images": on.inputs(own.images.to(on.device)).cpu().contiguous(), "labels": own.labels}
     tensors |= {"soft_labels": own.soft_labels} if own.soft_labels is not None else {}
     tensors |= {"lr": torch.tensor(own.student_lr)} if own.student_lr is not None else {}
-    told = {"set": name_of(path), "precision": own.settings["config"].get("precision", "")}
+    told = {"set": _name(path), "precision": own.settings["config"].get("precision", "")}
     told |= {name: own.settings[name] for name in RECORD}
     return Product(tensors, {"set": told, **matching.size_of(tensors)}, {"preview.png": matching.preview(on, tensors)})
 
@@ -63,7 +63,7 @@ def origin(meta: Mapping) -> Mapping:
     return meta.get("set") or {name: meta[name] for name in ("seconds", "finished", "made")}
 
 
-def name_of(path: Path) -> str:
+def _name(path: Path) -> str:
     """A file of the project, as it is called on every machine."""
     return path.relative_to(TABLES.parent).as_posix()
 
@@ -82,6 +82,6 @@ def _sets(folder: Path) -> list[tuple[Path, DistilledSet]]:
         try:
             sets.append((path, read(path)))
         except (OSError, ValueError) as error:
-            said = str(error).replace(str(path), name_of(path))
+            said = str(error).replace(str(path), _name(path))
             raise ValueError(f"{said}; committed=false distils without it") from error
     return sets

@@ -207,19 +207,17 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
             lines.append(f"  {p.cell.id:<58} {state}")
     total = clock(sum(s.flops for s in todo.values()) / rate)
     head = [f"{n} cells {state}" for state, n in states.items()]
-    head += taken(planned)
+    head += filter(None, [taken(planned)])
     return "\n".join([*lines, "", *head, f"{len(todo)} stages to run, about {total} on {hardware(lab.device)}"])
 
 
-def taken(planned: list[Planned]) -> list[str]:
-    """A line on the committed sets that are read, where there are any."""
-    stages = {id(p.setup): [s for top in p.stages for s in top.all() if committed.SET in s.settings] for p in planned}
-    sets = {s.settings[committed.SET] for own in stages.values() for s in own}
-    folders = {p.setup.sets_in for p in planned if p.setup is not None and stages[id(p.setup)]}
-    if not sets:
-        return []
-    where = " and ".join(f"tables/{folder}/sets" for folder in sorted(folders))
-    return [f"{len(sets)} distilled set{'s' * (len(sets) > 1)} read from {where}; committed=false distils them here"]
+def taken(planned: list[Planned]) -> str:
+    """A line on the committed sets that are read; empty where there are none."""
+    stages = ((p.setup, s) for p in planned for top in p.stages for s in top.all() if committed.SET in s.settings)
+    sets = {(setup.sets_in, stage.settings[committed.SET]) for setup, stage in stages}
+    where = " and ".join(f"tables/{folder}/sets" for folder in sorted({folder for folder, _ in sets}))
+    count = f"{len(sets)} distilled set{'s' * (len(sets) > 1)}"
+    return f"{count} read from {where}; committed=false distils them here" if sets else ""
 
 
 def told(p: Planned) -> bool:
@@ -251,7 +249,8 @@ def run(args: Args) -> Run:
         return Run(args, paper, lab, planned, folder, {})
     with engine(args) as run_planned:
         planned = make_plan(args, paper, lab)
-        print(*taken(planned), sep="\n", end="\n" * bool(taken(planned)), flush=True)
+        if line := taken(planned):
+            print(line, flush=True)
         gathered(args, paper, lab, planned, folder).check()
         try:
             run_planned(planned, lab, folder, args)
