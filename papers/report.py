@@ -11,9 +11,11 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from common.store import write_atomic
+from common.views import Recipe
 from papers.render import KEY, Row, extras_markdown, latex, markdown, terminal
 
 __all__ = [
@@ -156,10 +158,14 @@ def _status(row: Row, comparable: bool, reported_runs: int) -> str:
 
 
 def _recipe(pair: Mapping[str, Mapping]) -> str:
-    """How the students of a cell are trained, soft labels before others; random images have no patches to shuffle."""
+    """How the students of a cell are trained, soft labels before others; random images have no patches to shuffle.
+
+    What stands at its default is left out: an older result lacks the fields of a recipe that came later.
+    """
     settings = (pair.get("soft") or next(iter(pair.values()))).get("settings", {})
-    recipe = settings.get("student") or settings.get("protocol") or {}
-    return json.dumps({k: v for k, v in recipe.items() if k not in ("name", "shuffle", "labels")}, sort_keys=True)
+    recipe, usual = settings.get("student") or settings.get("protocol") or {}, asdict(Recipe())
+    told = {k: v for k, v in recipe.items() if k not in ("name", "shuffle", "labels") and v != usual.get(k)}
+    return json.dumps(told, sort_keys=True)
 
 
 def extras_rows(cells: Iterable[Mapping]) -> list[Row]:

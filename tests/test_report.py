@@ -210,8 +210,8 @@ def test_extras_set_each_method_beside_random_images():
         cell(metric="time"),
         cell(setting="longer", mean=70.0, settings={"student": {"epochs": 3000}}),  # than the random ones
         cell(report.RANDOM, setting="crops", mean=50.0, settings={"student": {"crop": 0.5, "shuffle": 1}}),
-        cell(setting="crops", mean=70.0, settings={"student": {"crop": 0.5, "shuffle": 2}}),
-    ]
+        cell(setting="crops", mean=70.0, settings={"student": {"crop": 0.5, "shuffle": 2, "schedule": "cosine"}}),
+    ]  # the last: of a later version, which names what was usual before
     first, random, single, longer, _, cropped = report.extras_rows(cells)
     assert longer["over_random"] is None and cropped["over_random"] == 20
     assert set(first) == set(report.EXTRAS_COLUMNS)
