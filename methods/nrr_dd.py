@@ -14,7 +14,8 @@ DBR   students learn a mixed image from two numbers, the distances d = -log soft
       max(0, d_org^S - r) + max(0, d_aug^S - r) + a_dbr (|d_org^S - d_org| + |d_aug^S - d_aug|)         (Eqs 8-10)
 
 No code was found and the supplement with the settings was not at hand; what the paper leaves open is a field of
-`Config` with the reason of its default.  Where the paper speaks twice, and what we take:
+`Config` with the reason of its default, or RDED's (how crops are drawn, the student) and SRe2L's (schedule, views).
+Masks are made once, of the images that CIDD gives; d has temperature 1.  Where the paper speaks twice, we take:
   CIDD keeps      the lowest confidence (text, Figs 1 and 2), or the lowest cross-entropy (Alg. 1)   -> `confidence`
   tiles           a side of 1/beta (text), of which beta do not fill an image                       -> 1/sqrt(beta)
   DBR labels      one pair an image (Alg. 1); the 0.2 GB it quotes are one pair an image and epoch  -> an epoch
@@ -74,7 +75,8 @@ class Config:
                                 "64 px (SRe2L at 32 px), 0.5 from there (EDC)", minimum=-1)
     jitter: int = _option(-1, "largest roll of a step; -1: 4 below 64 px (SRe2L), none from there (EDC)", unit="px",
                           minimum=-1)
-    mix: str = _option("cutmix", "A in Eq. 6; RDED trains students with cutmix", "cutmix", "mixup")
+    mix: str = _option("cutmix", "A in Eq. 6 while refining; students mix by their own recipe, RDED's cutmix", "cutmix",
+                       "mixup")
     label_refinement: float = _option(0.0, "alpha_lr in Eq. 11; 1 is DBR+LR, whose weight is not stated", minimum=0)
     threshold: float = _option(math.log(2), "r in Eqs 9 and 12; ln 2 is the least that two labels can meet together, "
                                "as 2 exp(-r) <= 1", minimum=0)
@@ -95,9 +97,10 @@ class Config:
             raise ValueError(f"kept={self.kept} is more than crops={self.crops}; allowed: 1 to {self.crops}")
         if math.isqrt(self.patches) ** 2 != self.patches:
             raise ValueError(f"patches={self.patches} do not fill a square; allowed: 0 (by size), 1, 4, 9, 16, ...")
-        if not self.epsilon > 0 or self.least_area > 1 or -1 < self.least_area < 0:
-            allowed = f"least_area={self.least_area} at most 1 and not below 0 but for -1 (by size)"
-            raise ValueError(f"epsilon={self.epsilon} must be above 0 and {allowed}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon={self.epsilon} leaves no mask; allowed: above 0")
+        if self.least_area > 1 or -1 < self.least_area < 0:
+            raise ValueError(f"least_area={self.least_area} is no share; allowed: 0 to 1, and -1 (by size)")
 
     def factor(self, size: int) -> int:
         """Patches along a side of an image."""
@@ -138,6 +141,8 @@ def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     if not layers:
         raise ValueError(f"the teacher {type(net).__name__} has no BatchNorm2d layer to match statistics of")
+    if any(bn.running_mean is None for bn in layers):
+        raise ValueError(f"a BatchNorm2d layer of the teacher {type(net).__name__} has no running statistics to match")
     return layers
 
 
@@ -161,6 +166,9 @@ def _channels(mean: tuple[float, ...], std: tuple[float, ...], device, dtype=tor
 
 def _normalised(pixels: Tensor, shift: Tensor, unit: Tensor) -> Tensor:
     """[B, C, S, S] in [0, 1] -> what a teacher takes."""
+    if not len(shift) == len(unit) == pixels.shape[1]:
+        given = f"mean has {len(shift)} values, std {len(unit)}"
+        raise ValueError(f"{given}; images of {pixels.shape[1]} channels need as many")
     return ((pixels - shift) / unit).contiguous(memory_format=torch.channels_last)
 
 
@@ -359,6 +367,12 @@ def _checked(config: Config, size: int, pool: int, side: int) -> tuple[int, int]
     return patch, needed
 
 
+def _whole(images: Tensor, sizes: Tensor, size: int, shift: Tensor, unit: Tensor) -> Tensor:
+    """Whole images as the teacher takes them: uint8 [n, C, H, W], heights and widths [n, 2] -> [n, C, size, size]."""
+    boxes, unflipped = torch.cat([torch.zeros_like(sizes), sizes], 1).cpu(), torch.zeros(len(images), dtype=torch.bool)
+    return _normalised(crop_resize(images.to(shift.device), boxes, unflipped, size) / 255, shift, unit)
+
+
 @torch.no_grad()
 def select(
     teacher: nn.Module, images: Tensor, sizes: Tensor | None, label: int, config: Config, *, size: int,
@@ -378,8 +392,7 @@ def select(
     patches, scores = [], []
     for rows in torch.arange(len(images)).split(config.batch):
         pixels, real = images[rows].to(device), sizes[rows]
-        whole, unflipped = torch.cat([torch.zeros_like(real), real], 1), torch.zeros(len(rows), dtype=torch.bool)
-        view = _normalised(crop_resize(pixels, whole, unflipped, size) / 255, shift, unit)
+        view = _whole(pixels, real, size, shift, unit)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             maps, _ = cam(teacher, view, torch.full((len(rows),), label, device=device))
         in_view = boxes[rows] * (size / real.repeat(1, 2))[:, None]  # both sides become `size`
@@ -387,7 +400,7 @@ def select(
         best = score.topk(config.kept, 1).indices.cpu()[..., None].expand(-1, -1, 4)
         cut = crop_resize(
             pixels.repeat_interleave(config.kept, 0), boxes[rows].gather(1, best).flatten(0, 1),
-            unflipped.repeat_interleave(config.kept), patch,
+            torch.zeros(len(rows) * config.kept, dtype=torch.bool), patch,
         )  # fmt: skip
         edge = (size - patch) // 2, size - patch - (size - patch) // 2
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -400,6 +413,26 @@ def select(
         raise FloatingPointError(f"scores of class {label} are not finite; look at the teacher or try precision=fp32")
     order = score.argsort(stable=True)[:needed]
     return torch.cat(patches)[order], score[order]
+
+
+# --- begin shared block: recognises (a test keeps its copies equal) ---
+@torch.no_grad()
+def recognises(teacher: nn.Module, seen: Callable[[Tensor], Tensor], labels: Tensor) -> None:
+    """ValueError where a teacher is near chance on 200 of its images, most often for another order of the classes.
+
+    seen: rows int64 [n] -> real images as the teacher takes them [n, C, S, S]; labels int64 [N].
+    """
+    rows = torch.linspace(0, len(labels) - 1, min(200, len(labels))).long()
+    answers = torch.cat([teacher.eval()(seen(part)) for part in rows.split(50)]).cpu()
+    right, chance = (answers.argmax(1) == labels.cpu()[rows]).double().mean().item(), 1 / answers.shape[1]
+    if right < chance + min(3 * math.sqrt(chance * (1 - chance) / len(rows)), (1 - chance) / 2):  # 3 standard errors
+        raise ValueError(
+            f"the teacher recognises {100 * right:.1f} % of {len(rows)} real images, near the {100 * chance:.3g} % of "
+            "guessing: are its classes in the order of the labels, and are mean and std those that it was trained with?"
+        )
+
+
+# --- end shared block ---
 
 
 # --- begin shared block: stitch (a test keeps its copies equal) ---
@@ -682,8 +715,9 @@ def refine(
 ) -> Tensor:  # fmt: skip
     """Move the non-critical pixels of images float [M, C, S, S] in [0, 1] down Eq. 11, on the teacher's device.
 
-    labels int64 [M] -> images as they came in, on the CPU.  `state` continues an earlier run, `on_step` sees the state
-    after every step.  Raises FloatingPointError when the loss is not finite (looked at every 50 steps).
+    labels int64 [M] -> the refined images, in the order of those given, on the CPU.  `state` continues an earlier run,
+    `on_step` sees the state after every step.  Raises FloatingPointError when the loss is not finite (looked at every
+    50 steps).
     """
     device, size, mixing = _ready(teacher), images.shape[-1], config.label_refinement > 0
     running = [(bn.running_mean, bn.running_var) for bn in batch_norms(teacher)]
@@ -775,7 +809,10 @@ def discover(
         read, side = lambda rows: (images[rows], sizes[rows]), int(sizes.amin(1).median())
     check(config, teacher, labels, size=size, side=side)
     classes = int(labels.max()) + 1
-    if state is not None:
+    if state is None:
+        shift, unit = _channels(mean, std, _ready(teacher))
+        recognises(teacher, lambda rows: _whole(*read(rows), size, shift, unit), labels)
+    else:
         generator.set_state(state.generator)
     for k in range(state.number if state else 0, classes):
         own = (labels == k).nonzero().flatten()

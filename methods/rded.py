@@ -291,6 +291,17 @@ def _sides(images: Tensor, sizes: Tensor | None) -> Tensor:
     return torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes.cpu()
 
 
+def _whole(
+    images: Tensor, sizes: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """Whole images as the teacher takes them: uint8 [n, C, H, W], heights and widths [n, 2] -> [n, C, size, size]."""
+    if not len(mean) == len(std) == images.shape[1]:
+        raise ValueError(f"mean={mean} and std={std} must have one value for each of the {images.shape[1]} channels")
+    boxes, unflipped = torch.cat([torch.zeros_like(sizes), sizes], 1).cpu(), torch.zeros(len(images), dtype=torch.bool)
+    mean_, std_ = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+    return (crop_resize(images.to(device), boxes, unflipped, size) / 255 - mean_) / std_
+
+
 def pool_of(labels: Tensor, k: int, config: Config, generator: torch.Generator) -> Tensor:
     """Which images of class k are looked at: int64 [pool], random order, none twice."""
     members = (labels == k).nonzero().flatten().cpu()
@@ -372,6 +383,26 @@ def select(
     return patches.cpu(), lowest[order]
 
 
+# --- begin shared block: recognises (a test keeps its copies equal) ---
+@torch.no_grad()
+def recognises(teacher: nn.Module, seen: Callable[[Tensor], Tensor], labels: Tensor) -> None:
+    """ValueError where a teacher is near chance on 200 of its images, most often for another order of the classes.
+
+    seen: rows int64 [n] -> real images as the teacher takes them [n, C, S, S]; labels int64 [N].
+    """
+    rows = torch.linspace(0, len(labels) - 1, min(200, len(labels))).long()
+    answers = torch.cat([teacher.eval()(seen(part)) for part in rows.split(50)]).cpu()
+    right, chance = (answers.argmax(1) == labels.cpu()[rows]).double().mean().item(), 1 / answers.shape[1]
+    if right < chance + min(3 * math.sqrt(chance * (1 - chance) / len(rows)), (1 - chance) / 2):  # 3 standard errors
+        raise ValueError(
+            f"the teacher recognises {100 * right:.1f} % of {len(rows)} real images, near the {100 * chance:.3g} % of "
+            "guessing: are its classes in the order of the labels, and are mean and std those that it was trained with?"
+        )
+
+
+# --- end shared block ---
+
+
 # --- begin shared block: stitch (a test keeps its copies equal) ---
 def stitch(patches: Tensor, factor: int, size: int) -> Tensor:
     """Put factor x factor patches together: [I f f, C, p, p], best first -> [I, C, size, size].
@@ -440,6 +471,8 @@ def distill(
     check(config, teacher, labels, size=size, side=side)
     ipc, each = config.ipc, config.ipc * config.factor**2
     if state is None:
+        device = next(teacher.parameters()).device
+        recognises(teacher, lambda rows: _whole(*read(rows), size, mean, std, device), labels)
         made = torch.zeros(classes * ipc, len(mean), size, size, dtype=torch.uint8)
         state = State(made, torch.zeros(classes * each), generator.get_state())
     generator.set_state(state.generator)

@@ -159,6 +159,8 @@ def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     if not layers:
         raise ValueError(f"the teacher {type(net).__name__} has no BatchNorm2d layer to match statistics of")
+    if any(bn.running_mean is None for bn in layers):
+        raise ValueError(f"a BatchNorm2d layer of the teacher {type(net).__name__} has no running statistics to match")
     return layers
 
 
@@ -247,7 +249,7 @@ def bn_gaps(net: nn.Module, config: Config, groups: Callable[[], int]) -> Iterat
 @contextmanager
 def perturbed(teacher: nn.Module, views: Iterator[Tensor], labels: Tensor, config: Config) -> Iterator[None]:
     """The teacher with its weights moved up the loss of some views, rho / n a step; put back at the end."""
-    weights = list(teacher.parameters())
+    weights = list(teacher.parameters()) if config.perturb else []
     before = [w.detach().clone() for w in weights]
     try:
         for view in views:
@@ -469,13 +471,11 @@ def recover(
     loss is not finite (looked at every 50 steps).
     """
     _check(teacher, classes)
-    if not len(mean) == len(std) == channels:
-        raise ValueError(f"mean={mean} and std={std} must have one value for each of the {channels} channels")
+    shift, scale = _channels(mean, std, channels)
     if (start is None) != (config.init == "noise"):
         raise ValueError(f"init={config.init!r}, but first images were {'not ' if start is None else ''}given: start=")
     device = next(teacher.parameters()).device
     teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    shift, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
     low, high = (-shift / scale).to(device), ((1 - shift) / scale).to(device)
     jitter = (4 if size <= 64 else round(size / 7)) if config.jitter < 0 else config.jitter
     roll = (-jitter if config.jitter_both else 0, jitter)
@@ -537,6 +537,26 @@ def recover(
     return (shift + state.images[rows.argsort()] * scale).clamp(0, 1)
 
 
+# --- begin shared block: recognises (a test keeps its copies equal) ---
+@torch.no_grad()
+def recognises(teacher: nn.Module, seen: Callable[[Tensor], Tensor], labels: Tensor) -> None:
+    """ValueError where a teacher is near chance on 200 of its images, most often for another order of the classes.
+
+    seen: rows int64 [n] -> real images as the teacher takes them [n, C, S, S]; labels int64 [N].
+    """
+    rows = torch.linspace(0, len(labels) - 1, min(200, len(labels))).long()
+    answers = torch.cat([teacher.eval()(seen(part)) for part in rows.split(50)]).cpu()
+    right, chance = (answers.argmax(1) == labels.cpu()[rows]).double().mean().item(), 1 / answers.shape[1]
+    if right < chance + min(3 * math.sqrt(chance * (1 - chance) / len(rows)), (1 - chance) / 2):  # 3 standard errors
+        raise ValueError(
+            f"the teacher recognises {100 * right:.1f} % of {len(rows)} real images, near the {100 * chance:.3g} % of "
+            "guessing: are its classes in the order of the labels, and are mean and std those that it was trained with?"
+        )
+
+
+# --- end shared block ---
+
+
 # --- begin shared block: finite (a test keeps its copies equal) ---
 def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
     value = loss.item()
@@ -556,6 +576,12 @@ def check(config: Config, teacher: nn.Module, labels: Tensor, *, size: int, side
     _check(teacher, int(labels.max()) + 1)
     if config.init == "real":
         drawn(labels.cpu(), config.ipc, torch.Generator())
+
+
+def _channels(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> tuple[Tensor, Tensor]:
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"mean={mean} and std={std} must have one value for each of the {channels} channels")
+    return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
 
 def _check(teacher: nn.Module, classes: int) -> None:
@@ -587,10 +613,17 @@ def distill(
 ) -> dict[str, Tensor]:
     """Images for the classes of images uint8 [N, C, S, S] and labels int64 [N] (0..K-1), with a trained teacher.
 
-    The real data live in the teacher: of `images` only the shape is read, and with init=real the first ones.  Returns
-    images float32 [K*I, C, S, S] in [0, 1] and labels [K*I].
+    The real data live in the teacher: `images` give the shape, 200 of them try the teacher, and with init=real some are
+    the first ones.  Returns images float32 [K*I, C, S, S] in [0, 1] and labels [K*I].
     """
     classes, start = int(labels.max()) + 1, None
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} px are not square: crop or resize them")
+    check(config, teacher, labels, size=images.shape[-1])
+    if state is None:
+        device = next(teacher.parameters()).device
+        shift, unit = (t.to(device) for t in _channels(mean, std, images.shape[1]))
+        recognises(teacher, lambda rows: (images[rows.to(images.device)].to(device) / 255 - shift) / unit, labels)
     if config.init == "real":
         rows = drawn(labels.cpu(), config.ipc, generator)
         start = lambda number: images[rows[number].to(images.device)].cpu().float() / 255  # noqa: E731

@@ -112,6 +112,8 @@ def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     if not layers:
         raise ValueError(f"the teacher {type(net).__name__} has no BatchNorm2d layer to match statistics of")
+    if any(bn.running_mean is None for bn in layers):
+        raise ValueError(f"a BatchNorm2d layer of the teacher {type(net).__name__} has no running statistics to match")
     return layers
 
 
@@ -716,6 +718,26 @@ def recover(
     return pixels.clamp(0, 1)
 
 
+# --- begin shared block: recognises (a test keeps its copies equal) ---
+@torch.no_grad()
+def recognises(teacher: nn.Module, seen: Callable[[Tensor], Tensor], labels: Tensor) -> None:
+    """ValueError where a teacher is near chance on 200 of its images, most often for another order of the classes.
+
+    seen: rows int64 [n] -> real images as the teacher takes them [n, C, S, S]; labels int64 [N].
+    """
+    rows = torch.linspace(0, len(labels) - 1, min(200, len(labels))).long()
+    answers = torch.cat([teacher.eval()(seen(part)) for part in rows.split(50)]).cpu()
+    right, chance = (answers.argmax(1) == labels.cpu()[rows]).double().mean().item(), 1 / answers.shape[1]
+    if right < chance + min(3 * math.sqrt(chance * (1 - chance) / len(rows)), (1 - chance) / 2):  # 3 standard errors
+        raise ValueError(
+            f"the teacher recognises {100 * right:.1f} % of {len(rows)} real images, near the {100 * chance:.3g} % of "
+            "guessing: are its classes in the order of the labels, and are mean and std those that it was trained with?"
+        )
+
+
+# --- end shared block ---
+
+
 # --- begin shared block: finite (a test keeps its copies equal) ---
 def _finite(loss: Tensor, step: int, number: int, config: Config) -> float:
     value = loss.item()
@@ -770,10 +792,15 @@ def distill(
     device, classes = next(teacher.parameters()).device, int(labels.max()) + 1
     mean_, std_ = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
 
-    def batches(k: int) -> Iterator[Tensor]:
-        for chunk in (labels == k).nonzero().flatten().split(100):
-            yield ((images[chunk].to(device) / 255 - mean_) / std_).contiguous(memory_format=torch.channels_last)
+    def seen(rows: Tensor) -> Tensor:
+        return ((images[rows].to(device) / 255 - mean_) / std_).contiguous(memory_format=torch.channels_last)
 
+    def batches(k: int) -> Iterator[Tensor]:
+        yield from map(seen, (labels == k).nonzero().flatten().split(100))
+
+    check(config, teacher, labels, size=images.shape[-1])
+    if state is None:
+        recognises(teacher, seen, labels)
     stats = statistics(teacher, batches, classes, layer=config.layer)
     atoms, weights = barycenters(stats, config, generator)
     pixels = recover(

@@ -22,6 +22,8 @@ from common.augment import rng
 from methods import rded
 from methods.rded import Config, State
 
+pytestmark = pytest.mark.usefixtures("untrained")
+
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -466,6 +468,7 @@ def test_scores_that_are_not_finite_stop_the_run(teacher, real):
 
 ALONE = """
 import torch, torchvision, rded
+rded.recognises = lambda *_: None  # the teachers are untrained
 images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
 config = rded.Config(ipc=2, crops=2, pool=8)
 own = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
