@@ -202,7 +202,7 @@ def test_only_the_label_regime_of_the_paper_belongs_in_its_table():
 def test_extras_set_each_method_beside_random_images():
     size = {"bytes": {"images": 3000, "labels": 5_000_000}, "seconds": {"teacher": 60.5, "distill": 100.0}}
     cells = [
-        cell(mean=60.0, peak_memory_bytes=2_500_000_000, **size),
+        cell(mean=60.0, peak_memory_bytes=2_500_000_000, best=[62.0, 61.0], **size),
         cell(mean=30.0, label_regime="hard"),
         cell(report.RANDOM, mean=57.5),
         cell(report.RANDOM, mean=35.0, label_regime="hard"),
@@ -213,6 +213,7 @@ def test_extras_set_each_method_beside_random_images():
         cell(setting="crops", mean=70.0, settings={"student": {"crop": 0.5, "shuffle": 2, "schedule": "cosine"}}),
     ]  # the last: of a later version, which names what was usual before
     first, random, single, longer, _, cropped = report.extras_rows(cells)
+    assert first["soft_best"] == 61.5 and single["soft_best"] is None
     assert longer["over_random"] is None and cropped["over_random"] == 20
     assert set(first) == set(report.EXTRAS_COLUMNS)
     assert (first["soft"], first["hard"], first["random_soft"], first["random_hard"]) == (60.0, 30.0, 57.5, 35.0)
