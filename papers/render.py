@@ -64,7 +64,7 @@ def extras_markdown(rows: Sequence[Row]) -> str:
         " cells) and peak memory. Times depend on machine and load: those of different runs do not compare."
     )
     if any(row["soft_best"] is not None for row in rows):
-        intro += " Best of six: of the epochs that RDED's code tests, chosen on test images as in print; ours: the last."
+        intro += " Best of six: of the epochs that RDED's code tests, chosen on test images as in print."
     parts = [f"# {rows[0]['table']}: beyond the paper", _wrapped(intro)]
     several = len({row["arch"] for row in rows}) > 1
     names = ("method", "setting", "arch") if several else ("method", "setting")

@@ -41,8 +41,9 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
         axes[row, 0].set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
     for column, k in enumerate(shown.tolist()):
         axes[0, column].set_title(first.train.classes[k], fontsize=8)
+    where = run.lab.run_on(found[0][0].setup)
     text = (
-        f"The one image of each class that each method makes of {found[0][0].setup.run_on} (IPC 1), clipped to the"
+        f"The one image of each class that each method makes of {where} (IPC 1), clipped to the"
         " range of pixels; whitened sets are shown as pixels."
     )
     if found[0][0].cell.method == RANDOM:

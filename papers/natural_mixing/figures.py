@@ -224,7 +224,8 @@ def figure_mixtures(run: Run, classes: int = 10, epochs: int = 3) -> Figure | No
     for column, k in enumerate((shown // planned.cell.ipc).tolist()):
         axes[0, column].set_title(on.train.classes[k], fontsize=8)
     text = (
-        f"{planned.setup.run_on}, {planned.cell.method} at IPC {planned.cell.ipc}: the first image of each class, and"
+        f"{run.lab.run_on(planned.setup)},"
+        f" {planned.cell.method} at IPC {planned.cell.ipc}: the first image of each class, and"
         " what a student sees of it in its first three epochs. One share for all images of an epoch, another real image"
         " for each."
     )

@@ -68,9 +68,10 @@ def figure1(run: Run, classes: int = 10) -> Figure | None:
             drawing.show_image(ax, images[k * ipc])
         axes[row, 0].set_ylabel(method, fontsize=9)
     _title(axes[0], [names[k] for k in chosen])
+    where = f"{run.lab.run_on(planned.setup)}, IPC {ipc}, made with {network}"
     text = (
-        f"The first image of {len(chosen)} of {len(names)} classes by each method: {planned.setup.run_on}, IPC {ipc},"
-        f" made with {network}. SRe2L optimises noise, RDED cuts the patches its teacher is surest of out of real"
+        f"The first image of {len(chosen)} of {len(names)} classes by each method: {where}."
+        " SRe2L optimises noise, RDED cuts the patches its teacher is surest of out of real"
         " images, NRR-DD starts from the patches it is least sure of and changes what matters little to the class."
     )
     return drawing.captioned(figure, text, run)
@@ -103,9 +104,10 @@ def figure3(run: Run) -> Figure | None:
     _title(axes[0], made.meta["classes"][:shown])
     figure.colorbar(heat, ax=list(axes[1]), label="C (no unit)", ticks=[0, epsilon])
     figure.colorbar(weight, ax=list(axes[2]), label="M/ε (no unit)", ticks=[0, 1])
+    where = f"{run.lab.run_on(planned.setup)}, IPC {ipc}, made with {_made_with(planned)}"
     text = (
-        f"NRR-DD on {planned.setup.run_on}, IPC {ipc}, made with {_made_with(planned)}: the first image of the first"
-        f" {shown} classes before refinement; its class activation C, scaled to [0, 1] and cut at ε = {epsilon:g},"
+        f"NRR-DD on {where}: the first image of the first {shown} classes before refinement; its"
+        f" class activation C, scaled to [0, 1] and cut at ε = {epsilon:g},"
         " which is all that the mask keeps of it; the mask, white where a pixel moves freely and black where it stays;"
         " the image after refinement."
     )

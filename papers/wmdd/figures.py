@@ -55,7 +55,8 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     for row in range(2 * shown):
         axes[row, 0].set_ylabel("real" if row % 2 else "synthetic", fontsize=8)
     text = (
-        f"WMDD images of {planned.setup.run_on}, IPC {ipc}, {len(chosen)} of {len(names)} classes. Beneath each, the"
+        f"WMDD images of {run.lab.run_on(planned.setup)}, IPC {ipc},"
+        f" {len(chosen)} of {len(names)} classes. Beneath each, the"
         " real training image whose feature is nearest to the barycenter atom that the synthetic one was pulled to."
     )
     return drawing.captioned(figure, text, run)
@@ -158,7 +159,8 @@ def figure5b(run: Run) -> Figure | None:
             axes[row, 0].set_ylabel(drawing.name_of(names[k]), fontsize=9)
         axes[0, column].set_title(f"λ = {weight:g}", fontsize=9)
     text = (
-        f"The first WMDD image of two classes of {planned.setup.run_on} (IPC {ipc}), from the same noise, as the"
+        f"The first WMDD image of two classes of {run.lab.run_on(planned.setup)} (IPC {ipc}), from the same noise,"
+        " as the"
         " weight λ of the BatchNorm term grows."
     )
     return drawing.captioned(figure, text, run)
