@@ -19,8 +19,8 @@ from common.train import accuracy, fit
 from common.views import Recipe
 
 __all__ = [
-    "CIFAR_TEACHER", "RECIPES", "SQUEEZE", "TINY_TEACHER", "WMDD_TEACHER", "check", "restore", "settings", "train",
-    "trained",
+    "CIFAR_TEACHER", "RECIPES", "SQUEEZE", "TINY_TEACHER", "TORCHVISION", "WMDD_TEACHER", "check", "fetched", "restore",
+    "settings", "train", "trained",
 ]  # fmt: skip
 
 # WMDD, pretrain defaults: SGD 0.025, momentum 0.9, decay 1e-4 on all parameters, batch 32, 50 epochs, cosine to 0.
@@ -39,7 +39,13 @@ TINY_TEACHER = Recipe(
     name="tiny-teacher", epochs=50, batch=256, optimizer="sgd", lr=0.2, warmup=5, weight_decay=1e-4, decay_all=True,
     labels="hard", crop=0.08, cutmix=False,
 )  # fmt: skip
-RECIPES = {"wmdd": WMDD_TEACHER, "cifar": CIFAR_TEACHER, "tiny": TINY_TEACHER}
+# torchvision's first weights for ImageNet-1K (ResNet-18: 69.8 %), which SRe2L and RDED take; how they were trained, but
+# for the schedule (a tenth every 30 epochs).  Nothing is trained here.
+TORCHVISION = Recipe(
+    name="torchvision", epochs=90, batch=256, optimizer="sgd", lr=0.1, weight_decay=1e-4, decay_all=True, labels="hard",
+    crop=0.08, cutmix=False,
+)  # fmt: skip
+RECIPES = {"wmdd": WMDD_TEACHER, "cifar": CIFAR_TEACHER, "tiny": TINY_TEACHER, "torchvision": TORCHVISION}
 SQUEEZE = {"cifar10": CIFAR_TEACHER, "cifar100": CIFAR_TEACHER, "tiny-imagenet": TINY_TEACHER}  # by data set
 
 
@@ -55,19 +61,39 @@ def train(
     work: Path, data: Dataset | Stream, test_images: Tensor, test_labels: Tensor, *, network: str, size: int,
     recipe: Recipe, seed: int, precision: str, device: torch.device,
 ) -> Product:  # fmt: skip
-    """Train one teacher, resumable in the folder `work`.
+    """Train one teacher, resumable in the folder `work`, or fetch it where the recipe is torchvision's.
 
     The last epoch is kept; meta holds its test accuracy (percent) and the loss of every epoch.
     """
-    net, history = trained(
-        data, network=network, size=size, recipe=recipe, seed=seed, precision=precision, device=device,
-        checkpoint=Checkpoint(work / "state.safetensors"),
-    )  # fmt: skip
+    if recipe.name == "torchvision":
+        net, history = fetched(network, len(data.classes)).to(device), []
+    else:
+        net, history = trained(
+            data, network=network, size=size, recipe=recipe, seed=seed, precision=precision, device=device,
+            checkpoint=Checkpoint(work / "state.safetensors"),
+        )  # fmt: skip
     dtype = resolve_precision(precision, device)
     top1 = accuracy(net, test_images, test_labels, data, device=device, dtype=dtype)
     meta = {"network": network, "classes": list(data.classes), "size": size, "accuracy": top1}
     meta["losses"] = [row[:2] for row in history]
     return Product({k: v.cpu() for k, v in net.state_dict().items()}, meta)
+
+
+def fetched(network: str, classes: int) -> nn.Module:
+    """A network with torchvision's first weights for the 1,000 classes of ImageNet-1K: torch.hub's copy, or fetched.
+
+    ValueError where there are none, OSError that names file and folder where they cannot be fetched.
+    """
+    from torchvision import models
+
+    if network not in models.list_models() or classes != 1000:
+        raise ValueError(f"torchvision has no weights of ImageNet-1K for {network!r} with {classes} classes")
+    weights = models.get_model_weights(network)["IMAGENET1K_V1"]
+    try:
+        return models.get_model(network, weights=weights)
+    except OSError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise OSError(f"{weights.url} cannot be fetched ({error}); put that file into {folder}") from error
 
 
 def trained(

@@ -139,8 +139,10 @@ class Lab:
                 device=self.device,
             )
 
-        cost = 3 * setup.teacher.epochs * len(train) * forward_flops(setup.network, setup.size)
-        what = f"{setup.network} teacher, {setup.run_on}, {setup.teacher.epochs} epochs"
+        ready = setup.teacher.name == "torchvision"
+        cost = 0 if ready else 3 * setup.teacher.epochs * len(train) * forward_flops(setup.network, setup.size)
+        known = "torchvision's weights" if ready else f"{setup.teacher.epochs} epochs"
+        what = f"{setup.network} teacher, {setup.run_on}, {known}"
         return self.stage("teacher", settings, (train.fingerprint, test.fingerprint), build, cost, what)
 
     def restored(self, stage: Stage) -> nn.Module:
