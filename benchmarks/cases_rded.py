@@ -1,4 +1,4 @@
-"""What benchmarks/speed.py measures of RDED: scoring the crops of real images."""
+"""What benchmarks/speed.py measures of RDED: scoring the crops of real images, and the student with its teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from benchmarks import plain_rded
 from benchmarks.case import Case, Form
 from common import networks
 from common.augment import rng
+from common.datasets import Dataset
+from common.labels import Online
 from common.networks import forward_flops
+from common.train import fit, make_optimizer
+from common.views import Recipe
 from methods import rded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,7 +47,39 @@ def select(settings: dict | None, answer: Callable, device: torch.device) -> Non
         answer()
 
 
+STUDENT = Recipe(**rded.student_recipe("imagenette", 10, NETWORK, 2, 10) | {"epochs": 10**6})
+SEEN = 128  # px
+
+
+def student(dtype: torch.dtype | None, answer: Callable, device: torch.device) -> None:
+    """Epochs of one student on 100 images of 128 px, a teacher beside it, for ever; dtype: None for the plain form."""
+    teacher, net = (
+        networks.make(NETWORK, classes=10, size=SEEN, generator=rng(seed)).to(device) for seed in (0, 1)
+    )
+    images = torch.randint(0, 256, (100, 3, SEEN, SEEN), dtype=torch.uint8, generator=rng("images"))
+    data = Dataset("100 images", images, torch.arange(100) % 10, tuple("abcdefghij"), MEAN, STD, None, "")
+    if dtype is not None:
+        label = Online(teacher.to(memory_format=torch.channels_last), dtype)
+        fit(net, data, STUDENT, size=SEEN, seed=0, device=device, dtype=dtype, soft=label, on_epoch=lambda *_: answer())
+    optimizer, teacher = make_optimizer(net.train(), STUDENT), teacher.eval()
+    while dtype is None:
+        plain_rded.student_epoch(
+            net, teacher, optimizer, images, batch=STUDENT.batch, crop=STUDENT.crop, factor=STUDENT.shuffle,
+            temperature=STUDENT.temperature, mean=MEAN, std=STD,
+        )  # fmt: skip
+        answer()
+
+
 CASES = {
+    "rded_student": Case(
+        f"one epoch of RDED's student on 100 images of {SEEN} px with a teacher beside it, {NETWORK}",
+        functools.partial(student, None),
+        {
+            "ours, fp32": Form(functools.partial(student, torch.float32)),
+            "ours, bf16": Form(functools.partial(student, torch.bfloat16), needs_bf16=True),
+        },
+        flops=lambda: 4 * 100 * forward_flops(NETWORK, SEEN),
+    ),
     "rded": Case(
         f"scoring {IMAGES} real images of {SIZE} px with {CONFIG.crops} crops each, {NETWORK}",
         functools.partial(select, None),

@@ -1,4 +1,4 @@
-"""RDED's scoring and stitching in plain form: the formulas one after the other, built as the released code is built.
+"""RDED's scoring, stitching and student in plain form: the formulas one after the other, built as the released code is.
 
 One image at a time, fp32, NCHW, torchvision's transforms, everything kept in lists, tiles pasted one by one.  It is
 what `methods/rded.py` is timed and checked against; it takes the same boxes, so both compute the same numbers.
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import Normalize
+from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import convert_image_dtype, resize, resized_crop
 
-__all__ = ["score", "select", "stitch"]
+__all__ = ["score", "select", "stitch", "student_epoch"]
 
 
 def score(
@@ -63,3 +63,32 @@ def stitch(patches: Tensor, factor: int, size: int) -> Tensor:
                 left += width
             top += height
     return images
+
+
+def student_epoch(
+    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, *, batch: int,
+    crop: float, factor: int, temperature: float, mean: tuple[float, ...], std: tuple[float, ...],
+) -> None:  # fmt: skip
+    """An epoch of the student on images uint8 [M, C, S, S]: strips permuted, crop, flip, CutMix, the mixed batch twice
+    through the student, the first time for nothing but a training accuracy."""
+    size, device = images.shape[-1], next(student.parameters()).device
+    view = Compose([RandomResizedCrop(size, (crop, 1)), RandomHorizontalFlip(), Normalize(mean, std)])
+    for rows in torch.randperm(len(images)).split(batch):
+        shown = []
+        for image in convert_image_dtype(images[rows], torch.float32):
+            strips = list(image.chunk(factor, 1))
+            image = torch.cat([strips[i] for i in torch.randperm(factor)], 1)
+            strips = list(image.chunk(factor, 2))
+            shown.append(view(torch.cat([strips[i] for i in torch.randperm(factor)], 2)))
+        mixed = torch.stack(shown).to(device)
+        half = int(size * (1 - torch.rand(())).sqrt()) // 2
+        y, x = torch.randint(size, (2,)).tolist()
+        box = slice(max(y - half, 0), y + half), slice(max(x - half, 0), x + half)
+        mixed[:, :, box[0], box[1]] = mixed[torch.randperm(len(mixed))][:, :, box[0], box[1]]
+        student(mixed).argmax(1)
+        with torch.no_grad():
+            told = F.softmax(teacher(mixed) / temperature, 1)
+        loss = F.kl_div(F.log_softmax(student(mixed) / temperature, 1), told, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -13,6 +13,7 @@ import statistics as stats
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ ALGORITHMS = (*image_stages.IMAGES, *matching_stages.ALGORITHMS)
 __all__ = ["Args", "Run", "describe", "main", "names_scale", "parse", "run"]
 
 
-LEFT_OUT = "planned, left to another run by only= or skip="
+LEFT_OUT = "planned, not run yet"
 
 
 @dataclass
@@ -204,9 +205,9 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
         kind = "to run" if state.startswith("to run") else state
         states[kind] = states.get(kind, 0) + 1
         if told(p):
-            lines.append(f"  {p.cell.id:<58} {state}")
+            lines.append(f"  {p.cell.id:<58} {'its data are not there: see below' if absent(p) else state}")
     total = clock(sum(s.flops for s in todo.values()) / rate)
-    head = [f"{n} cells {state}" for state, n in states.items()]
+    head = [f"{n} cell{'s' * (n > 1)} {state}" for state, n in states.items()]
     head += filter(None, [taken(planned)])
     return "\n".join([*lines, "", *head, f"{len(todo)} stages to run, about {total} on {hardware(lab.device)}"])
 
@@ -218,6 +219,11 @@ def taken(planned: list[Planned]) -> str:
     where = " and ".join(f"tables/{folder}/sets" for folder in sorted({folder for folder, _ in sets}))
     count = f"{len(sets)} distilled set{'s' * (len(sets) > 1)}"
     return f"{count} read from {where}; committed=false distils them here" if sets else ""
+
+
+def absent(p: Planned) -> bool:
+    """Whether a cell cannot run for want of its data."""
+    return p.why.startswith(("missing data", "unreadable data"))
 
 
 def told(p: Planned) -> bool:
@@ -249,6 +255,11 @@ def run(args: Args) -> Run:
         return Run(args, paper, lab, planned, folder, {})
     with engine(args) as run_planned:
         planned = make_plan(args, paper, lab)
+        lacking = Counter(p.why for p in planned if absent(p))
+        if lacking and not any(p.stages for p in planned):
+            raise FileNotFoundError(f"nothing can run: {'; '.join(lacking)}")
+        for why, count in lacking.items():
+            print(f"left out, {count} cell{'s' * (count > 1)}: {why}", flush=True)
         if line := taken(planned):
             print(line, flush=True)
         gathered(args, paper, lab, planned, folder).check()

@@ -191,11 +191,14 @@ def test_with_a_budget_the_cheapest_cells_run_first(column, place):
     assert again.results  # however late it is
 
 
-def test_missing_data_is_said_and_nothing_runs(tmp_path):
-    run = runner.run(arguments(tmp_path, f"data={tmp_path}", scale="small"))
-    whys = {p.why for p in run.planned if p.cell.dataset == "ImageNette" and p.cell.ipc != 100}
-    assert len(whys) == 1 and "imagenette" in whys.pop()
-    assert not run.results and not run.failed
+def test_a_run_without_any_of_its_data_is_an_error_and_writes_nothing(tmp_path, capsys):
+    given = ["paper=wmdd", "scale=small", f"data={tmp_path}", f"out={tmp_path}/tables", f"store={tmp_path}/runs"]
+    assert runner.main([*given, "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("looked for") == 1 and said.count("see below") == 32  # the explanation once, not once a cell
+    assert runner.main(given) == 1
+    assert "error: nothing can run: missing data: data set 'imagenette' is not there" in capsys.readouterr().err
+    assert not (tmp_path / "tables").exists()
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path, capsys):
