@@ -75,6 +75,9 @@ class Config:
             if "minimum" in facts and not facts["minimum"] <= value <= facts.get("maximum", math.inf):
                 most = f" and at most {facts['maximum']}" if "maximum" in facts else ""
                 raise ValueError(f"{f.name}={value!r} must be at least {facts['minimum']}{most}")
+        if self.alpha != "fixed" and self.share != Config.share:
+            raise ValueError(f"share={self.share} and alpha={self.alpha!r}: share is that of alpha='fixed' alone; "
+                             f"allowed: alpha='fixed', or share={Config.share}")  # fmt: skip
 
     @property
     def passes(self) -> int:
@@ -237,7 +240,10 @@ def train(
     """
     device = torch.device(device)
     target, classes = _targets(images, labels, soft_labels, augment, config)
-    pool = pool or Pool.of(real_images, real_labels, device, prepare)
+    if pool is None:
+        if real_images is None:
+            raise ValueError("real_images=None and pool=None; allowed: images [N, C, H, W] with real_labels, or a Pool")
+        pool = Pool.of(real_images, real_labels, device, prepare)
     pool.check(images, classes, config.partner)
     state = state or State(int(torch.randint(2**62, (), generator=generator)), {}, {})
     images, target = images.to(device), target.to(device)

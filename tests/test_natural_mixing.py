@@ -72,7 +72,7 @@ def plain_mixed(config, generator, images=IMAGES, labels=LABELS):
 
 @pytest.mark.parametrize("alpha", ["epoch", "sample", "fixed"])
 def test_mixed_images_are_those_of_the_plain_form(alpha):
-    config = Config(alpha=alpha, share=0.3)
+    config = Config(alpha=alpha, share=0.3 if alpha == "fixed" else 0.5)
     before = IMAGES.clone()
     for seed in range(5):
         ours = mixed_epoch(IMAGES, LABELS, POOL, config, rng(seed))
@@ -364,7 +364,8 @@ def test_the_defaults_are_the_released_script():
     ("settings", "words"),
     [
         ({"alpha": "batch"}, "epoch, sample, fixed"), ({"share": 1.5}, "share=1.5 .* at most 1"),
-        ({"share": -0.1}, "share=-0.1"), ({"partner": "none"}, "class, any"), ({"epochs": 0}, "epochs=0"),
+        ({"share": -0.1}, "share=-0.1"), ({"share": 0.3}, "share=0.3 and alpha='epoch'.*allowed: alpha='fixed'"),
+        ({"partner": "none"}, "class, any"), ({"epochs": 0}, "epochs=0"),
         ({"optimizer": "adamw"}, "adam, sgd"), ({"lr": -1.0}, "lr=-1"), ({"precision": "fp8"}, "fp32, bf16"),
     ],
 )  # fmt: skip
@@ -390,6 +391,11 @@ def test_wrong_settings_are_named(settings, words):
 def test_wrong_data_is_named_before_any_network_is_made(changes, words):
     with pytest.raises(ValueError, match=words):
         run(Config(epochs=1), **{"make_network": lambda _: pytest.fail("too late")} | changes)
+
+
+def test_real_images_or_a_pool_must_be_passed():
+    with pytest.raises(ValueError, match="real_images=None and pool=None; allowed: images"):
+        train(IMAGES, LABELS, None, None, Config(), make_network=make, generator=rng(1))
 
 
 def test_a_missing_class_in_the_middle_is_named():
