@@ -59,6 +59,6 @@ def mixture(
     pool = natural_mixing.Pool.of(pixels, labels, on.device, on.prepare)
     config = natural_mixing.Config(**options)
     images, own = matching.tested_images(tensors).to(on.device), tensors["labels"]
-    if "soft_labels" in tensors:  # a set that learned its labels
+    if setup.protocol.labels == "soft" and "soft_labels" in tensors:  # learned with the images; a teacher's are not
         own = tensors["soft_labels"].argmax(1)
     return lambda seed, epoch: natural_mixing.mixed_epoch(images, own, pool, config, rng(seed, "mix", epoch))

@@ -124,6 +124,20 @@ def test_mixtures_change_with_student_and_epoch_and_stay_in_the_class(lab):
     assert fractal(0, 0).shape == tensors["images"].shape
 
 
+def test_partners_are_of_the_label_that_is_learned(lab):
+    """What a teacher says of an image does not change its class; labels that were learned with it do."""
+    _, chosen = setup("smoke", "table1/cifar-10/random/mixed/convnet/10/own")
+    on = matching_stages.setting_of(lab, chosen)
+    tensors = {"images": on.prepare(on.train.images[:10]), "labels": torch.zeros(10, dtype=torch.long)}
+    tensors["soft_labels"] = torch.eye(10)[torch.full((10,), 3)]
+    for labels, wanted in (("kl", 0), ("hard", 0), ("soft", 3)):
+        protocol = replace(chosen.protocol, labels=labels)
+        changed = replace(chosen, mix={"alpha": "fixed", "share": 1.0}, protocol=protocol)
+        real, own = mixing_stages.mixture(lab, changed, on, tensors)(0, 0), on.train.labels == wanted
+        near = (on.prepare(on.train.images[own])[None] - real[:, None]).abs().flatten(2).amax(2).amin(1)
+        assert near.max() < 1e-6, labels
+
+
 def test_an_unknown_metric_is_named(lab):
     cell, chosen = setup("smoke", "table1/cifar-10/dm/gain/convnet/1/own/gain")
     with pytest.raises(ValueError, match="'speed' is unknown; allowed: accuracy, gain, corruption accuracy"):
