@@ -80,6 +80,13 @@ def test_every_printed_number_of_a_method_that_runs_has_a_cell():
     assert {r["method"] for r in left} == {"GLaD"}
 
 
+@pytest.mark.parametrize(("scale", "epochs"), [("smoke", 30), ("small", 300), ("paper", 300)])
+def test_controls_train_for_as_many_epochs(scale, epochs):
+    found = [setups.setup_of(PAPER.scales[scale], c) for c in PAPER.cells_at(scale) if c.table == "controls"]
+    assert {s.protocol.epochs for s in found if s} == {epochs}
+    assert {s.protocol.optimizer for s in found if s} == {"adam", "sgd"}
+
+
 # ---------------------------------------------------------------- stages
 
 
