@@ -81,9 +81,10 @@ class Run:
         for row in rows:
             if row["seeds"] and tuple(row[k] for k in report.KEY) in others:
                 row["status"] = "not comparable, made with other settings than the scale has now"
-        for row in rows:  # methods that have no cells at all, and why
-            if row["status"].endswith("no cell planned") and row["method"] in layout.get("not_run", {}):
-                row["status"] = f"not run: {layout['not_run'][row['method']]}"
+        for row in rows:  # metrics, or methods, that have no cells at all, and why
+            if row["status"].endswith(none := "no cell planned"):
+                said = layout.get("not_run", {})
+                row["status"] = f"not run: {said.get(row['metric']) or said.get(row['method']) or none}"
         return rows
 
     def check(self) -> None:

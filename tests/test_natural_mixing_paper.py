@@ -87,6 +87,15 @@ def test_controls_train_for_as_many_epochs(scale, epochs):
     assert {s.protocol.optimizer for s in found if s} == {"adam", "sgd"}
 
 
+def test_a_printed_number_without_a_cell_says_why():
+    args = runner.parse(["paper=natural_mixing", "scale=paper", "device=cpu"])
+    planned = [runner.Planned(cell) for cell in PAPER.cells_at("paper")]
+    rows = runner.Run(args, PAPER, None, planned, Path("nowhere"), {}).rows
+    told = {(r["method"], r["metric"]): r["status"] for name in PAPER.tables for r in rows(name) if r["reported"]}
+    assert not [where for where, status in told.items() if "no cell" in status]
+    assert "attack is not named" in told["DC", "attack-1 accuracy"] and "no result" in told["DC", "corruption accuracy"]
+
+
 # ---------------------------------------------------------------- stages
 
 
