@@ -289,27 +289,28 @@ _TABLE: dict[str, tuple[Callable[..., np.ndarray], tuple[tuple[float, ...], ...]
 # The released files.
 
 RELEASED = "CIFAR-10-C"
+COUNT = 10_000  # images of each severity
 
 
 def load_released(root: str | Path, name: str) -> Tensor | None:
-    """CIFAR-10-C's file of one corruption, uint8 [5, 10000, 3, 32, 32] by severity; None where root has no CIFAR-10-C.
+    """CIFAR-10-C's file of one corruption, uint8 [5, COUNT, 3, 32, 32] by severity; None where root has no CIFAR-10-C.
 
     Its images stand in the order of CIFAR-10's own test file, with the labels `released_labels`.
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"corruption {name!r} is unknown; allowed: {', '.join(CORRUPTIONS)}")
-    array = _read(root, name, (50_000, 32, 32, 3), np.uint8)
+    array = _read(root, name, (5 * COUNT, 32, 32, 3), np.uint8)
     if array is None:
         return None
-    return torch.from_numpy(array).view(5, 10_000, 32, 32, 3).permute(0, 1, 4, 2, 3)
+    return torch.from_numpy(array).view(5, COUNT, 32, 32, 3).permute(0, 1, 4, 2, 3)
 
 
 def released_labels(root: str | Path) -> Tensor | None:
-    """Labels of the released images, int64 [10000], the same at every severity; None where root has no CIFAR-10-C."""
-    array = _read(root, "labels", (50_000,), np.integer)
+    """Labels of the released images, int64 [COUNT], the same at every severity; None where root has no CIFAR-10-C."""
+    array = _read(root, "labels", (5 * COUNT,), np.integer)
     if array is None:
         return None
-    labels = array.reshape(5, 10_000).astype(np.int64)
+    labels = array.reshape(5, COUNT).astype(np.int64)
     if (labels != labels[0]).any() or labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"{Path(root) / RELEASED / 'labels.npy'}: allowed are five equal parts of classes 0 to 9")
     return torch.from_numpy(labels[0])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import re
+import statistics as stats
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from papers.matching_stages import MatchingSetup
     from papers.stages import Lab, Stage
 
-__all__ = ["measured"]
+__all__ = ["compared", "measured"]
 
 ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps is 8/255
 OBJECTIVES = ("BN loss", "DM loss")  # how far images are from the training set, without any student
@@ -114,54 +116,79 @@ def _severities(setup: MatchingSetup) -> list[int]:
     return list(setup.measure.get("severities", range(1, 6)))
 
 
-def corrupted_images(lab: Lab, setup: MatchingSetup) -> Stage:
+def corrupted_images(lab: Lab, setup: MatchingSetup) -> tuple[Stage, ...]:
     """The test images under every corruption, made once for all networks: uint8 [severities, N, C, H, W] each, labels.
 
-    The released files of CIFAR-10-C are used where they lie beside the data; they have an order of their own.
+    Where the released files of CIFAR-10-C lie beside the data, these first, then those made here. They are in the order
+    of CIFAR-10's own test file: with a tree of images a sample of theirs is of other images than one of ours.
     """
     on, severities = matching_stages.setting_of(lab, setup), _severities(setup)
     pixels, labels, rows = test_sample(lab, setup)
     root = lab.root or os.environ.get("DD_DATA", "")
     theirs = released_labels(root) if setup.dataset == "cifar10" and root else None
 
-    def build(work: Path) -> Product:
-        made = {}
-        for name in CORRUPTIONS:
-            if theirs is not None:
-                made[name] = load_released(root, name)[[s - 1 for s in severities]][:, rows]
-            else:
-                made[name] = torch.stack([corrupt(pixels, name, s, indices=rows) for s in severities])
-        own = labels if theirs is None else theirs[rows]
-        return Product({**made, "labels": own}, {"severities": severities})
+    def read(work: Path) -> Product:
+        levels = [s - 1 for s in severities]
+        made = {name: load_released(root, name)[levels][:, rows] for name in CORRUPTIONS}
+        return Product({**made, "labels": theirs[rows]}, {"severities": severities})
 
-    settings = {"size": on.size, "images": len(rows), "severities": severities, "released": theirs is not None}
-    what = f"corrupted test images, {setup.run_on}"
-    return lab.stage("corruptions", settings, (on.test.fingerprint,), build, 0.0, what)
+    def make(work: Path) -> Product:
+        made = {n: torch.stack([corrupt(pixels, n, s, indices=rows) for s in severities]) for n in CORRUPTIONS}
+        return Product({**made, "labels": labels}, {"severities": severities})
+
+    def stage(released: bool) -> Stage:
+        settings = {"size": on.size, "images": len(rows), "severities": severities, "released": released}
+        what = f"corrupted test images, {setup.run_on}"
+        return lab.stage("corruptions", settings, (on.test.fingerprint,), read if released else make, 0.0, what)
+
+    return tuple(stage(released) for released in ((False,) if theirs is None else (True, False)))
+
+
+def _means(table: Tensor, apart: Sequence[str]) -> dict[str, list[float]]:
+    """Of accuracies [students, 19, severities]: each student's means over groups of corruptions, some left out."""
+    means = {}
+    for metric, names in CORRUPTED.items():
+        kept = [CORRUPTIONS.index(n) for n in names if n not in apart or names == PROCEDURAL]
+        means[metric] = table[:, kept].mean((1, 2)).tolist()
+    return means
 
 
 def _corrupted(lab: Lab, setup: MatchingSetup, trained: Stage) -> Stage:
     """Accuracy [students, corruptions, severities], and its means over the 15 standard and all 19 corruptions.
 
-    A procedural frost is not the published one: it is left out of the means, which are then over 14 and 18.
+    A procedural frost is not the published one: it is left out of the means, which are then over 14 and 18. With the
+    released files the means are of these, and `compared` has those of both kinds of images over the 14 and 18.
     """
     on, made = matching_stages.setting_of(lab, setup), corrupted_images(lab, setup)
 
-    def build(work: Path) -> Product:
-        images = lab.entry(made).tensors()
-        table = torch.tensor([
+    def accuracies(images: dict[str, Tensor]) -> Tensor:
+        return torch.tensor([
             [[_accuracy(net, on, pixels, images["labels"]) for pixels in images[name]] for name in CORRUPTIONS]
             for net in networks_of(lab, setup, trained)
         ])  # [students, 19, severities]
-        apart = () if made.settings["released"] else PROCEDURAL
-        means = {}
-        for metric, names in CORRUPTED.items():
-            kept = [n for n in names if n not in apart or names == PROCEDURAL]
-            means[metric] = table[:, [CORRUPTIONS.index(n) for n in kept]].mean((1, 2)).tolist()
-        seeds = lab.entry(trained).meta["seeds"]
-        return Product({"accuracy": table}, {**means, "left_out": list(apart), "seeds": seeds})
 
-    cost = len(CORRUPTIONS) * len(_severities(setup)) * len(test_sample(lab, setup)[1]) * on.flops
-    return lab.stage("corrupted", {}, (trained, made), build, cost, f"{trained.what}, corrupted images", trained, made)
+    def build(work: Path) -> Product:
+        tables, apart = [accuracies(lab.entry(stage).tensors()) for stage in made], PROCEDURAL
+        tensors, meta = {"accuracy": tables[0]}, {"seeds": lab.entry(trained).meta["seeds"]}
+        if len(tables) > 1:
+            tensors["generated"], apart = tables[1], ()
+            meta["compared"] = {"released": _means(tables[0], PROCEDURAL), "generated": _means(tables[1], PROCEDURAL)}
+        return Product(tensors, {**_means(tables[0], apart), "left_out": list(apart), **meta})
+
+    images = len(made) * len(CORRUPTIONS) * len(_severities(setup)) * len(test_sample(lab, setup)[1])
+    inputs, what = (trained, *made), f"{trained.what}, corrupted images"
+    return lab.stage("corrupted", {}, inputs, build, images * on.flops, what, *inputs)
+
+
+def compared(metas: Sequence[Mapping], metric: str) -> dict:
+    """For a result file: students on released images and on those made here, and how much more they have on the latter.
+
+    Over the same corruptions; nothing where no released files were at hand.
+    """
+    if not all("compared" in meta for meta in metas):
+        return {}
+    both = {kind: [v for m in metas for v in m["compared"][kind][metric]] for kind in ("released", "generated")}
+    return {"compared": {**both, "difference": stats.fmean(both["generated"]) - stats.fmean(both["released"])}}
 
 
 def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> Stage:

@@ -24,7 +24,7 @@ import torch
 from common import cli
 from common.hardware import autocast, hardware, resolve_device
 from common.store import Store, write_atomic
-from papers import committed, image_stages, matching_stages, plan, report
+from papers import committed, image_stages, matching_stages, measured_stages, plan, report
 from papers.arguments import Args, describe, names_scale, parse, seconds
 from papers.plan import Cell, Paper, load_paper, select
 from papers.setups import Setup, outdated, setup_of
@@ -374,6 +374,7 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     return {
         "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
         "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else None,
+        **measured_stages.compared([entries[lab.key(top)].meta for top in p.stages], p.cell.metric),
         "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": run_on,
         "settings": {**lab.facts(p.setup), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),

@@ -90,6 +90,24 @@ def test_arms_of_the_controls_have_a_colour_each():
     assert "fresh" not in captions(figure)
 
 
+def test_gains_say_where_they_are_ours():
+    row = ("table1", "DC", "gain", 1, {"metric": "gain", "run_on": "digits, 32 px"})
+    words = captions(natural_mixing.figure_gain(results("natural_mixing", "smoke", row)))
+    assert "printed for CIFAR-10. Run on digits, 32 px (for CIFAR-10)." in words
+
+
+def test_released_corruptions_are_told_beside_those_made_here():
+    rows = [("robustness", "DM", arm, 1) for arm in ("baseline", "mixed")]
+    rows += [(*row, {"metric": "corruption accuracy"}) for row in rows]
+    assert "CIFAR-10-C" not in captions(natural_mixing.figure_robustness(results("natural_mixing", "small", *rows)))
+    rows[2][-1]["compared"] = {"released": [30.0, 32.0], "generated": [31.0, 34.0], "difference": 1.5}
+    rows[3][-1]["compared"] = {"released": [40.0], "generated": [38.0], "difference": -2.0}
+    words = captions(natural_mixing.figure_robustness(results("natural_mixing", "small", *rows)))
+    assert "have 34.0 % on them and 34.3 % on images made here, means that differ by 2.0 points at most" in words
+    rows.append(("robustness", "DM", "mixed, 20 steps, 5 starts", 1, {"metric": "pgd-8 accuracy"}))
+    assert "attacks" not in captions(natural_mixing.figure_robustness(results("natural_mixing", "small", *rows)))
+
+
 def test_robustness_drops_methods_with_clean_images_alone_and_marks_what_was_not_run():
     rows = [("robustness", method, arm, 1) for method in ("DC", "DM") for arm in ("baseline", "mixed")]
     assert natural_mixing.figure_robustness(results("natural_mixing", "small", *rows)) is None

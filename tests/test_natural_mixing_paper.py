@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from common import matching
+from common import corruptions, matching
 from common.datasets import load
 from common.protocols import PROTOCOLS
 from common.store import Store
@@ -152,6 +153,39 @@ def test_partners_are_of_the_label_that_is_learned(lab):
         real, own = mixing_stages.mixture(lab, changed, on, tensors)(0, 0), on.train.labels == wanted
         near = (on.prepare(on.train.images[own])[None] - real[:, None]).abs().flatten(2).amax(2).amin(1)
         assert near.max() < 1e-6, labels
+
+
+@pytest.mark.filterwarnings("ignore:.*half-unpacked")
+def test_released_corruptions_are_compared_with_those_made_here(tmp_path, monkeypatch):
+    """A released set of ten images, each as clean as the test images, beside an image tree of ten classes."""
+    tree(tmp_path, "cifar10", tuple("0123456789"), ((32, 32),), 1)
+    cell, chosen = setup("small", "robustness/cifar-10/random/baseline/convnet/1/own")
+    cell, protocol = replace(cell, metric="corruption accuracy"), replace(chosen.protocol, epochs=20)
+    chosen = replace(chosen, network="mlp", measure={"severities": [5]}, protocol=protocol)
+
+    def measured():
+        lab = Lab(Store(tmp_path / "runs"), str(tmp_path), torch.device("cpu"), "fp32")
+        (stage,) = measured_stages.measured(lab, cell, chosen, (0,))
+        return lab, stage, [need for need in stage.needs if need.name == "corruptions"]
+
+    lab, alone, made = measured()
+    (generated,) = lab.entry(alone).meta[cell.metric]
+    assert not measured_stages.compared([lab.entry(alone).meta], cell.metric)
+    clean = matching_stages.setting_of(lab, chosen).test.images.permute(0, 2, 3, 1).numpy()
+    monkeypatch.setattr(corruptions, "COUNT", 10)
+    (tmp_path / "CIFAR-10-C").mkdir()
+    for name in corruptions.CORRUPTIONS:
+        np.save(tmp_path / "CIFAR-10-C" / f"{name}.npy", np.tile(clean, (5, 1, 1, 1)))
+    np.save(tmp_path / "CIFAR-10-C" / "labels.npy", np.tile(np.arange(10), 5))
+    lab, beside, both = measured()
+    assert len(made) == 1 and [stage.settings["released"] for stage in both] == [True, False]
+    assert lab.key(both[1]) == lab.key(made[0]) and lab.key(beside) != lab.key(alone)
+    on, meta = matching_stages.setting_of(lab, chosen), lab.entry(beside).meta
+    (net,) = measured_stages.networks_of(lab, chosen, beside.needs[0])
+    right = measured_stages._accuracy(net, on, on.test.images, on.test.labels)
+    found = measured_stages.compared([meta], cell.metric)["compared"]
+    assert meta[cell.metric] == found["released"] == [pytest.approx(right)] and meta["left_out"] == []
+    assert found["generated"] == [generated] and found["difference"] == generated - found["released"][0] != 0
 
 
 def test_an_unknown_metric_is_named(lab):

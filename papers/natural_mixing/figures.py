@@ -6,6 +6,7 @@ has been made.
 
 from __future__ import annotations
 
+import statistics as stats
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -183,8 +184,21 @@ def figure_robustness(run: Run) -> Figure | None:
         ax.tick_params(axis="x", rotation=40, labelsize=7)
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    text = f"{_tests(run, set(data['metric']))} {drawing.where(data)} {drawing.error_bars(data)}"
+    text = f"{_tests(run, set(data['metric']))}{_compared(run, data)} {drawing.where(data)} {drawing.error_bars(data)}"
     return drawing.captioned(figure, text, run, data)
+
+
+def _compared(run: Run, data: pd.DataFrame) -> str:
+    """How the corrupted images made here compare with the released ones, where students saw both."""
+    both = [found for cell in data["cell"].unique() if (found := run.results[cell].get("compared"))]
+    if not both:
+        return ""
+    released, ours = (stats.fmean(v for each in both for v in each[kind]) for kind in ("released", "generated"))
+    most = max(abs(each["difference"]) for each in both)
+    return (
+        f" Corrupted images are those of CIFAR-10-C; without frost the same students have {released:.1f} % on them and"
+        f" {ours:.1f} % on images made here, means that differ by {most:.1f} points at most."
+    )
 
 
 def _tests(run: Run, metrics: set[str]) -> str:
