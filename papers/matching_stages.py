@@ -154,8 +154,9 @@ def matching_setup(scale: Mapping, cell: Cell) -> MatchingSetup | None:
         transfer, student_network = (), transfer
     return MatchingSetup(
         data["dataset"], size, network, data["run_on"], protocol, distill | {"ipc": cell.ipc}, mix,
-        scale.get("measure", {}), teacher_network, replace(base, **taught) if teacher_network else None,
-        student_network, tuple(transfer), sets_in=scale.get("sets_in", ""), **length,
+        merged(scale.get("measure"), cell.measure), teacher_network,
+        replace(base, **taught) if teacher_network else None, student_network, tuple(transfer),
+        sets_in=scale.get("sets_in", ""), **length,
     )  # fmt: skip
 
 

@@ -192,21 +192,25 @@ def compared(metas: Sequence[Mapping], metric: str) -> dict:
 
 
 def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> Stage:
+    """Accuracy under attack; `measure: pgd` holds options of `common.attacks.pgd` that are not its defaults."""
     on = matching_stages.setting_of(lab, setup)
     attack, eps = ATTACK.fullmatch(metric).groups()
+    options = dict(setup.measure.get("pgd", {})) if attack == "pgd" else {}
     pixels, labels, rows = test_sample(lab, setup)
 
     def build(work: Path) -> Product:
         found = [
             robust_accuracy(
-                net, pixels, labels, attack=attack, eps=int(eps) / 255, prepare=on.inputs, seed=0, device=on.device
+                net, pixels, labels, attack=attack, eps=int(eps) / 255, prepare=on.inputs, seed=0, device=on.device,
+                **options,
             )
             for net in networks_of(lab, setup, trained)
         ]  # fmt: skip
         return Product({}, {metric: found, "seeds": lab.entry(trained).meta["seeds"]})
 
-    settings = {"attack": attack, "eps255": int(eps), "images": len(rows)}
-    cost = len(rows) * (30 if attack == "pgd" else 3) * on.flops
+    settings = {"attack": attack, "eps255": int(eps), "images": len(rows), **options}
+    steps = options.get("steps", 10) * options.get("restarts", 1) if attack == "pgd" else 1
+    cost = len(rows) * 3 * steps * on.flops
     return lab.stage("attacked", settings, (trained,), build, cost, f"{trained.what}, {attack} {eps}/255", trained)
 
 

@@ -44,6 +44,9 @@ class Cell:
     student: Mapping = field(default_factory=dict)
     protocol: str = ""  # how the students of a matching method are trained; empty: by its own
     mix: Mapping = field(default_factory=dict)  # fields of methods/natural_mixing.py, and `pool`
+    # Of students of the matching protocols: `images`, `severities`, `full` and `pgd` (steps, step_size on the scale of
+    # [0, 1] pixels, start, restarts: options of common.attacks.pgd), laid over those of the scale.
+    measure: Mapping = field(default_factory=dict)
     # Architecture that the images were made with, where it is not the scale's or the student's; for students of the
     # matching protocols, the name of another teacher among the scale's `teachers`.
     teacher: str = ""
@@ -155,7 +158,7 @@ def _wrong(entry: object) -> str:
     for ipc in entry["ipc"] if isinstance(entry["ipc"], list) else [entry["ipc"]]:
         if ipc is not None and (type(ipc) is not int or ipc < 1):
             return f"ipc must be whole numbers from 1, or null for all images, not {ipc!r}"
-    for name in ("distill", "student", "mix"):
+    for name in ("distill", "student", "mix", "measure"):
         if not isinstance(entry.get(name, {}), dict):
             return f"{name} must be a mapping, not {entry[name]!r}"
     return ""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,33 @@ def test_partners_are_of_the_label_that_is_learned(lab):
         real, own = mixing_stages.mixture(lab, changed, on, tensors)(0, 0), on.train.labels == wanted
         near = (on.prepare(on.train.images[own])[None] - real[:, None]).abs().flatten(2).amax(2).amin(1)
         assert near.max() < 1e-6, labels
+
+
+def test_options_of_an_attack_are_used_and_named_only_where_they_are_given(lab, monkeypatch):
+    cell, chosen = setup("smoke", "robustness/cifar-10/dm/baseline/convnet/1/own/pgd-8-accuracy")
+    options, seen = {"steps": 20, "restarts": 5}, []
+    monkeypatch.setattr(measured_stages, "robust_accuracy", lambda *_, **given: seen.append(given) or 1.0)
+    monkeypatch.setattr(measured_stages, "networks_of", lambda *_: [None])
+    harder = setups.setup_of(PAPER.scales["smoke"], replace(cell, measure={"pgd": options}))
+    plain, given, fgsm = (
+        measured_stages.measured(lab, replace(cell, metric=metric), found, (0,))[0]
+        for metric, found in ((cell.metric, chosen), (cell.metric, harder), ("fgsm-8 accuracy", harder))
+    )
+    assert plain.settings == {"attack": "pgd", "eps255": 8, "images": 100}
+    assert given.settings == {**plain.settings, **options} and given.flops == 10 * plain.flops
+    assert fgsm.settings == {"attack": "fgsm", "eps255": 8, "images": 100} and plain.inputs == given.inputs
+    monkeypatch.setattr(lab, "entry", lambda _: SimpleNamespace(meta={"seeds": [0]}))
+    for stage in (plain, given, fgsm):
+        stage.build(Path("nowhere"))
+    assert ["steps" in one for one in seen] == [False, True, False] and options.items() <= seen[1].items()
+
+
+def test_harder_attacks_are_planned_as_published():
+    found = [c for c in PAPER.cells_at("paper") if c.measure]
+    assert [c.metric for c in found] == ["pgd-8 accuracy"] * 2 and not any(c.measure for c in PAPER.cells_at("small"))
+    for cell in found:
+        measure = setups.setup_of(PAPER.scales["paper"], cell).measure
+        assert measure == {**PAPER.scales["paper"]["measure"], "pgd": {"steps": 20, "restarts": 5}}
 
 
 @pytest.mark.filterwarnings("ignore:.*half-unpacked")

@@ -162,7 +162,7 @@ def figure_robustness(run: Run) -> Figure | None:
     data = drawing.values(run, "robustness")
     if data is None:
         return None
-    data = data[data["metric"].isin(METRICS)]
+    data = data[data["metric"].isin(METRICS) & data["setting"].isin(ARMS)]
     data = data.assign(arm=data["setting"].map(ARMS), kind=data["metric"].map(METRICS))
     data = data[data["ipc"] == data.groupby("method")["ipc"].transform("max")]
     data = data[data.groupby("method")["metric"].transform("nunique") > 1]
