@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common import matching, teachers
+from common.augment import rng
 from common.protocols import PROTOCOLS, Protocol
 from common.scaling import epochs_for, fitted_epochs
 from common.store import Product
@@ -31,14 +32,15 @@ __all__ = [
 ]  # fmt: skip
 
 FULL = "full-data"  # all training images
+UNTRAINED = "untrained"  # none: networks as students begin, a reference for what is measured on them
 RANDOM = "random-subset"  # real images drawn at random, tested by a protocol of the matching papers
 ALGORITHMS: dict[str, ModuleType | None] = {
-    **selection_stages.SELECTIONS, FULL: None, RANDOM: None,
+    **selection_stages.SELECTIONS, FULL: None, UNTRAINED: None, RANDOM: None,
     "dc": dc, "dsa": dsa, "dm": dm, "mtt": mtt, "ftd": mtt, "att": mtt, "datm": mtt,
 }  # fmt: skip
 OWN_PROTOCOL = {
-    FULL: "mixing-2025", RANDOM: "dsa-2021", "dc": "dc-2021", "dsa": "dsa-2021", "dm": "dm-2023", "mtt": "mtt-2022",
-    "ftd": "mtt-2022", "att": "mtt-2022", "datm": "datm-2024",
+    FULL: "mixing-2025", UNTRAINED: "mixing-2025", RANDOM: "dsa-2021", "dc": "dc-2021", "dsa": "dsa-2021",
+    "dm": "dm-2023", "mtt": "mtt-2022", "ftd": "mtt-2022", "att": "mtt-2022", "datm": "datm-2024",
     **dict.fromkeys(selection_stages.SELECTIONS, "hard-truths-hard"),
 }  # fmt: skip
 
@@ -249,6 +251,8 @@ def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
     """The students of a cell, each a stage, or the few that a GPU trains side by side; a random subset has one each."""
     if cell.algorithm == FULL:
         return [full_data(lab, setup, few) for few in _together(lab, setup, seeds)]
+    if cell.algorithm == UNTRAINED:
+        return [_untrained(lab, setup, seeds)]
     if setup.transfer:
         each = [students(lab, cell, replace(setup, student_network=n, transfer=()), seeds) for n in setup.transfer]
         return [_mean(lab, same) for same in zip(*each, strict=True)]
@@ -342,6 +346,19 @@ def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     cost = len(seeds) * (3 * (protocol.passes) * len(on.train) + len(on.test)) * on.flops
     what = f"{_seeds(seeds)} by {protocol.name}, all of {setup.run_on}, {protocol.epochs} epochs"
     return lab.stage("students", settings, (on.train.fingerprint, on.test.fingerprint), build, cost, what)
+
+
+def _untrained(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
+    """The networks that students of these seeds begin as, kept as those are; they have no accuracies."""
+    on = setting_of(lab, setup)
+
+    def build(work: Path) -> Product:
+        begun = [on.make_network(rng(seed, "student")).state_dict() for seed in seeds]
+        kept = {f"{place}/{name}": v for place, state in enumerate(begun) for name, v in state.items()}
+        return Product(kept, {"seeds": list(seeds)})
+
+    settings = {**matching.facts(on, 0), "seeds": list(seeds)}
+    return lab.stage("untrained", settings, (), build, 0.0, f"untrained {on.network}")
 
 
 def _cost(config, method: ModuleType, on: matching.Setting) -> float:

@@ -20,7 +20,7 @@ from papers.stages import Lab
 from tests.image_trees import tree
 
 PAPER = load_paper("natural_mixing")
-ONLY = "robustness/*/dm/*/1,table1/*/dm/*/1,figure2/*/dm/*/1,figure1/full-data,controls/*/random/*/1"
+ONLY = "robustness/*/dm/*/1,table1/*/dm/*/1,figure2/*/dm/*/1,figure2/*/all,figure1/full-data,controls/*/random/*/1"
 
 
 def setup(scale: str, name: str):
@@ -257,8 +257,12 @@ def test_robustness_has_every_metric_and_attacks_hurt(run):
 def test_the_whole_set_teaches_most_and_similarity_is_a_share(run):
     (full,) = results(run, "figure1", method="Full data")
     assert full["mean"] > max(r["mean"] for r in results(run, "table1", metric="accuracy"))
-    values = [r["mean"] for r in results(run, "figure2")]
-    assert len(values) == 2 and all(0 < v < 1 for v in values)
+    values = {r["method"]: r["mean"] for r in results(run, "figure2")}
+    assert len(results(run, "figure2")) == 4 and all(0 < v < 1 for v in values.values())
+    assert values["Untrained"] < values["Full data"]
+    titles = [ax.get_title() for ax in figures.figure2(run).axes]
+    for name in ("other networks of all images", "untrained networks"):
+        assert len([title for title in titles if title.startswith(name)]) == 1
     assert full["bytes"]["images"] == 0 and full["ipc"] is None
 
 

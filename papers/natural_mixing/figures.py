@@ -28,6 +28,7 @@ __all__ = [
 
 SHOWN = {"Random real (ours)": "random real"}
 ARMS = {"baseline": "set alone", "mixed": "mixed with real images"}
+REFERENCES = {"Full data": "other networks of all images", "Untrained": "untrained networks"}  # of similarity
 METRICS = {
     "accuracy": "clean", "corruption accuracy": "corrupted", "fgsm-1 accuracy": "FGSM 1/255",
     "pgd-1 accuracy": "PGD 1/255", "fgsm-8 accuracy": "FGSM 8/255", "pgd-8 accuracy": "PGD 8/255",
@@ -64,34 +65,49 @@ def figure1(run: Run) -> Figure | None:
 
 
 def figure2(run: Run) -> Figure | None:
-    """CKA of the layers of a full-data network (rows) with those of students (columns): alone, mixed, difference."""
+    """CKA of the layers of a full-data network (rows) with those of students (columns): alone, mixed, difference.
+
+    Below, where they were made, the references: another full-data network, and untrained ones.
+    """
     found: dict[tuple[str, int], dict[str, Planned]] = {}
-    for planned in run.planned:
-        cell = planned.cell
-        if cell.table == "figure2" and drawing.entry(run, planned, "similarity") is not None:
-            found.setdefault((cell.method, cell.ipc), {})[cell.setting] = planned
+    made = [p for p in run.planned if p.cell.table == "figure2" and drawing.entry(run, p, "similarity") is not None]
+    references = [p for p in made if p.cell.method in REFERENCES]
+    for planned in made:
+        found.setdefault((planned.cell.method, planned.cell.ipc), {})[planned.cell.setting] = planned
     found = {key: arms for key, arms in found.items() if len(arms) == 2}
     if not found:
         return None
     chosen = max(found, key=lambda key: (key[1], key[0] == "DSA"))  # the paper shows DSA at IPC 50
-    entries = [drawing.entries(run, found[chosen][arm], "similarity") for arm in ARMS]
-    alone, mixed = (torch.cat([entry.tensors()["similarity"] for entry in each]).mean(0) for each in entries)
-    layers = entries[0][0].meta["layers"]
-    figure, axes = drawing.axes_of(10.5, 3.6, 1, 3)
-    shown = ((alone, "distilled alone", (0, 1)), (mixed, "mixed", (0, 1)), (mixed - alone, "difference", (-0.5, 0.5)))
-    for ax, (matrix, name, (low, high)) in zip(axes[0], shown, strict=True):
+    alone, mixed = (_similarity(run, found[chosen][arm]) for arm in ARMS)
+    layers = drawing.entry(run, found[chosen]["mixed"], "similarity").meta["layers"]
+    shown = [(alone, "distilled alone"), (mixed, "mixed"), (mixed - alone, "difference")]
+    shown += [(_similarity(run, p), REFERENCES[p.cell.method]) for p in references]
+    figure, axes = drawing.axes_of(10.5, 3.6 * (1 + bool(references)), 1 + bool(references), 3)
+    for ax in axes.flat[len(shown) :]:
+        ax.axis("off")
+    for ax, (matrix, name) in zip(axes.flat, shown, strict=False):
+        low, high, colours = (-0.5, 0.5, "vlag") if name == "difference" else (0, 1, "magma")
         sns.heatmap(
-            matrix.numpy(), vmin=low, vmax=high, cmap="magma" if low == 0 else "vlag", ax=ax, square=True,
-            xticklabels=layers, yticklabels=layers if ax is axes[0, 0] else False, cbar_kws={"label": "CKA (no unit)"},
+            matrix.numpy(), vmin=low, vmax=high, cmap=colours, ax=ax, square=True,
+            xticklabels=layers, yticklabels=layers if ax in axes[:, 0] else False, cbar_kws={"label": "CKA (no unit)"},
         )  # fmt: skip
-        ax.set_title(f"{name}, mean of diagonal {float(matrix.diagonal().mean()):.2f}", fontsize=9)
-        ax.set(xlabel="layer of the student", ylabel="layer, all images" if ax is axes[0, 0] else "")
+        ax.set_title(f"{name}\nmean of diagonal {float(matrix.diagonal().mean()):.2f}", fontsize=9)
+        ax.set(xlabel=f"layer of the {'student' if ax in axes[0] else 'network'}")
+        ax.set(ylabel="layer, all images" if ax in axes[:, 0] else "")
         ax.tick_params(labelsize=6)
     text = (
         "Linear CKA (unbiased, minibatches of test images) between the layers of a network trained on all images and"
-        f" of students of {chosen[0]}'s images at IPC {chosen[1]}, mean of the students. The paper prints no values."
+        f" of students of {chosen[0]}'s images at IPC {chosen[1]}, mean of the students."
     )
-    return drawing.captioned(figure, text, run)
+    if references:
+        text += f" Below, for scale: {drawing.listed(REFERENCES[p.cell.method] for p in references)}."
+    return drawing.captioned(figure, f"{text} The paper prints no values.", run)
+
+
+def _similarity(run: Run, planned: Planned) -> torch.Tensor:
+    """Mean over the networks of a cell."""
+    entries = drawing.entries(run, planned, "similarity")
+    return torch.cat([entry.tensors()["similarity"] for entry in entries]).mean(0)
 
 
 def figure_gain(run: Run) -> Figure | None:
