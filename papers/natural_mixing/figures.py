@@ -136,7 +136,8 @@ def figure_gain(run: Run) -> Figure | None:
     for ax in axes[0]:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
-    text = f"What mixing with real images adds to test accuracy on CIFAR-10. {drawing.error_bars(ours)}"
+    text = "What mixing with real images adds to test accuracy, printed for CIFAR-10."
+    text += f" {drawing.where(ours)} {drawing.error_bars(ours)}"
     return drawing.captioned(figure, text, run, ours)
 
 
