@@ -56,7 +56,11 @@ def load(path: str | Path, *, mean: Sequence[float] | None = None, std: Sequence
     mtt = (path / "images_best.pt").exists() or (path.suffix == ".pt" and path.name.startswith("images_"))
     if mtt or path.suffix == ".pt":
         if mean is None or std is None:
-            raise ValueError(f"{path} does not say how its images were normalised: mean and std are needed")
+            known = ", ".join(NORMALISATION)
+            raise ValueError(
+                f"{path} does not say how its images were normalised: give mean and std, on the command line "
+                f"normalisation= (one of {known})"
+            )
         if mtt:
             return load_mtt_pt(path, mean, std, classes=classes)
         return load_dc_pt(path, mean, std, classes=classes, experiment=experiment)
@@ -133,6 +137,23 @@ def described(distilled: DistilledSet) -> str:
     return "\n".join(wrapper.fill(f"{name:<{width}}{value}").rstrip() for name, value in facts.items())
 
 
+def lost(distilled: DistilledSet, layout: str) -> list[str]:
+    """What of a set a layout does not keep, besides its settings."""
+    if layout == "safetensors":
+        return []
+    words = [f"mean and std (read it with the same normalisation=: {distilled.mean}, {distilled.std})"]
+    if layout == "images":
+        if outside := ((distilled.images < 0) | (distilled.images > 1)).double().mean().item():
+            words.append(f"values outside [0, 1], {100 * outside:.1f} % of all, which were cut")
+        words.append("more than 8 bits of a pixel")
+    if layout != "mtt":
+        words += ["soft labels"] * (distilled.soft_labels is not None)
+        words += ["the learned learning rate"] * (distilled.student_lr is not None)
+    if layout != "images":
+        words += ["weights"] * (distilled.weights is not None)
+    return words
+
+
 def main(argv: list[str]) -> None:
     """`info FILE`, `grid FILE OUT.png`, `convert FILE OUT`, each with key=value options."""
     places = {"info": 1, "grid": 2, "convert": 2}
@@ -157,6 +178,8 @@ def main(argv: list[str]) -> None:
     else:
         write(distilled, paths[1], options.layout)
         print(f"written: {paths[1]}")
+        if words := lost(distilled, options.layout):
+            print(f"not kept by layout={options.layout}: {'; '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_dc_file(tmp_path):
     made.save(tmp_path / "again.safetensors")  # the NumPy numbers have become plain ones
     with pytest.raises(ValueError, match=r"experiment=2: .* holds 2, numbered from 0"):
         load_dc_pt(path, MEAN, STD, experiment=2)
-    with pytest.raises(ValueError, match="mean and std are needed"):
+    with pytest.raises(ValueError, match="on the command line normalisation="):
         load(path)
     with pytest.raises(ValueError, match=r"do not go with mean \(0.5,\)"):
         load(path, mean=(0.5,), std=(0.5,))
@@ -454,6 +454,9 @@ def test_command_line(tmp_path, capsys):
     main(["convert", str(tmp_path / "set.safetensors"), str(tmp_path / "tree"), "layout=images"])
     main(["convert", str(tmp_path / "set.safetensors"), str(tmp_path / "dc.pt"), "layout=dc"])
     main(["convert", str(tmp_path / "tree"), str(tmp_path / "tree.safetensors")])
+    said = capsys.readouterr().out
+    assert said.count("not kept by layout=") == 2 and "written: " in said.splitlines()[-1]
+    assert "mean and std" in said and ("soft labels" in said) == (made.soft_labels is not None)
     assert torch.equal(load(tmp_path / "tree.safetensors").uint8(), made.uint8())
     for wrong in (["draw", "x"], ["info"], ["grid", "x"], ["info", str(source), "layout=jpeg"], ["info", "x", "y"]):
         with pytest.raises(UsageError):

@@ -299,17 +299,21 @@ def _curves(run: Run, data: pd.DataFrame, dodge: Sequence[str] = (), **roles) ->
 
 
 def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.inf) -> Figure | None:
-    """Accuracy over the number in the setting of each cell, with RDED of Table 4 as a level; logarithmic in the end."""
+    """Accuracy over the number in the setting of each cell, with RDED of Table 4 as a level; logarithmic in the end.
+
+    None where fewer than two numbers have a result.
+    """
     data = drawing.values(run, table)
-    if data is None:
+    if data is None or data["setting"].nunique() < 2:
         return None
     data["value"] = [float(setting.split()[-1]) for setting in data["setting"]]
-    where = {name: data[name].iloc[0] for name in ("dataset", "arch", "ipc")}  # a sweep is made at one place
+    where = {name: data[name].iloc[0] for name in ("dataset", "arch", "ipc", "label_regime")}  # one in a sweep
+    told = {"soft": "soft labels", "boundary": "labels of two distances"}[where["label_regime"]]
     figure, axes = drawing.axes_of(4.6, 3.4)
     ax = axes[0, 0]
     drawing.lines(data, ax, x="value", hue="method", hue_order=list(dict.fromkeys(data["method"])))
     text = (
-        f"Student accuracy (soft labels) of {where['arch']} at IPC {where['ipc']} against {words}."
+        f"Student accuracy ({told}) of {where['arch']} at IPC {where['ipc']} against {words}."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     where |= {"method": "RDED", "setting": ""}

@@ -273,7 +273,7 @@ FILES = [
     Case("soft labels that climb", "info batch_0.tar", "batch_0.tar is not a known layout",
          broken.climbing_tar("batch_0.tar")),
     Case("npz that runs code", "info set.npz", "set.npz is not a known layout", broken.attack_in_npz("set.npz")),
-    Case("pt, constants unknown", "info res.pt", "mean and std are needed", broken.dc()),
+    Case("pt, constants unknown", "info res.pt", "on the command line normalisation=", broken.dc()),
     Case("pt, text", PT, "res.pt", broken.raw("res.pt", b"hello")),
     Case("pt, empty", PT, "res.pt", broken.raw("res.pt", b"")),
     Case("pt, a list", PT, "res.pt is not in the DC layout", broken.pt([])),
