@@ -17,7 +17,7 @@ from torch import Tensor
 from common.augment import apply_cutmix, crop_resize, cutmix_box, random_boxes, rng, shuffle_patches
 from common.datasets import Dataset, Stream
 
-__all__ = ["Recipe", "View", "learning_rate", "normalise", "steps_per_epoch", "views"]
+__all__ = ["Recipe", "View", "augmented", "learning_rate", "normalise", "sides", "steps_per_epoch", "views"]
 
 
 @dataclass(frozen=True)
@@ -144,19 +144,33 @@ def _pixels(
         )  # fmt: skip
         yield from ((p, i) for p, _, i in batches)
         return
-    sizes = data.sizes if data.sizes is not None else torch.tensor(data.images.shape[2:]).expand(len(data.labels), 2)
-    sizes = sizes.cpu()
+    sizes = sides(data)
     for batch, indices in enumerate(chunks, first):
         g = rng(seed, "view", epoch, batch)
-        wanted = sizes[indices]
-        h, w = wanted.amax(0).tolist()
-        images = data.images[indices.to(data.images.device), :, :h, :w]
-        if recipe.shuffle > 1:
-            images = shuffle_patches(images, recipe.shuffle, g)
-        if recipe.crop < 1:
-            boxes = random_boxes(wanted, g, (recipe.crop, 1.0))
-        else:
-            images = F.pad(images, [recipe.pad] * 4)
-            boxes = torch.cat([torch.randint(2 * recipe.pad + 1, wanted.shape, generator=g), wanted], 1)
-        flip = torch.rand(len(indices), generator=g) < (0.5 if recipe.flip else 0.0)
-        yield crop_resize(images, boxes, flip, size), indices
+        yield augmented(data.images, sizes[indices], indices, recipe, size, g), indices
+
+
+def sides(data: Dataset) -> Tensor:
+    """Height and width of each image, int64 [N, 2], on the CPU."""
+    sizes = data.sizes if data.sizes is not None else torch.tensor(data.images.shape[2:]).expand(len(data.labels), 2)
+    return sizes.cpu()
+
+
+def augmented(
+    images: Tensor, wanted: Tensor, indices: Tensor, recipe: Recipe, size: int, g: torch.Generator
+) -> Tensor:
+    """Training views float32 [B, C, size, size], 0..255, of some images uint8 [N, C, H, W], without CutMix.
+
+    indices: which, int64 [B]; wanted: their heights and widths, int64 [B, 2], on the CPU.
+    """
+    h, w = wanted.amax(0).tolist()
+    images = images[indices.to(images.device), :, :h, :w]
+    if recipe.shuffle > 1:
+        images = shuffle_patches(images, recipe.shuffle, g)
+    if recipe.crop < 1:
+        boxes = random_boxes(wanted, g, (recipe.crop, 1.0))
+    else:
+        images = F.pad(images, [recipe.pad] * 4)
+        boxes = torch.cat([torch.randint(2 * recipe.pad + 1, wanted.shape, generator=g), wanted], 1)
+    flip = torch.rand(len(indices), generator=g) < (0.5 if recipe.flip else 0.0)
+    return crop_resize(images, boxes, flip, size)

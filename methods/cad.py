@@ -645,8 +645,8 @@ def synthesise(
 def check(
     config: Config, images: Tensor | Callable, labels: Tensor, teacher: nn.Module | None = None, *, size: int = 0
 ) -> None:
-    """ValueError that names what cannot work, before any work.  The teacher need not be trained yet; size: of the
-    views, where a function reads the images."""
+    """ValueError that names what cannot work, before any work.  The teacher need not be trained yet; size: of what
+    is made, H by default."""
     if not callable(images) and (len(images) != len(labels) or not len(images)):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; needs as many of both, and at least one")
     counts = labels.cpu().bincount()
@@ -656,7 +656,7 @@ def check(
     elif teacher is None:
         raise ValueError("method=ca2d scores crops with a trained teacher; pass teacher=, or method=cad")
     else:
-        size, dtype = (size, torch.uint8) if callable(images) else (images.shape[2], images.dtype)
+        size, dtype = (size, torch.uint8) if callable(images) else (size or images.shape[2], images.dtype)
         _check_crops(resolved(config, size), teacher, dtype, labels, size)
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from papers.stages import Lab, Stage
 
 __all__ = [
-    "IMAGES", "as_bytes", "checked", "distilled_set", "random", "readable", "real_views", "statistics", "untrained",
-    "wmdd_images",
+    "IMAGES", "as_bytes", "checked", "distilled_set", "random", "readable", "real_views", "sizes", "statistics",
+    "untrained", "whole", "wmdd_images",
 ]  # fmt: skip
 
 PREVIEW_PER_CLASS = 10
@@ -229,7 +229,7 @@ def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
     def make(teacher: torch.nn.Module, **rest) -> dict[str, Tensor]:
         made = rded.distill(
-            _whole(train), train.labels, teacher, config, size=setup.size, sizes=_sizes(train), mean=train.mean,
+            whole(train), train.labels, teacher, config, size=setup.size, sizes=sizes(train), mean=train.mean,
             std=train.std, generator=rng(0, "rded"), **rest,
         )  # fmt: skip
         return {name: made[name] for name in ("images", "labels")}
@@ -254,7 +254,7 @@ def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
     def make(teacher: torch.nn.Module, **rest) -> dict[str, Tensor]:
         images = nrr_dd.discover(
-            _whole(train), train.labels, teacher, config, size=setup.size, sizes=_sizes(train), mean=train.mean,
+            whole(train), train.labels, teacher, config, size=setup.size, sizes=sizes(train), mean=train.mean,
             std=train.std, generator=rng(0, "cidd"), **rest,
         )  # fmt: skip
         return {"images": images, "labels": torch.arange(len(train.classes)).repeat_interleave(config.ipc)}
@@ -317,12 +317,12 @@ def checked(lab: Lab, setup: Setup, teacher: Stage) -> torch.nn.Module:
     return net
 
 
-def _whole(train: Dataset | Stream) -> Tensor | Callable:
+def whole(train: Dataset | Stream) -> Tensor | Callable:
     """Pixels as they are stored, or what reads those of some rows."""
     return train.whole if isinstance(train, Stream) else train.images
 
 
-def _sizes(train: Dataset | Stream) -> Tensor | None:
+def sizes(train: Dataset | Stream) -> Tensor | None:
     return None if isinstance(train, Stream) else train.sizes
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 from common import teachers
 from common.datasets import info
-from common.protocols import large_scale
+from common.protocols import LARGE_SCALE, large_scale
 from common.views import Recipe
 from methods import cad, coresets, nrr_dd, rded, sre2l
 from papers import matching_stages
@@ -36,7 +36,7 @@ PUBLISHED = {
     "nrr_dd": nrr_dd.PUBLISHED, "cad": cad.PUBLISHED,
 }  # fmt: skip
 LABELS = ("stored", "recomputed", "online", "fixed")  # where a teacher's soft labels come from
-ON_DISK = ("coreset", "cad")  # choose from a streamed set too, as the methods of image_stages do
+SELECTIONS = ("coreset", "cad")  # made at ImageNet scale too, as the methods of image_stages are
 STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's view may exchange
 
 
@@ -104,13 +104,14 @@ def _agree(now: Mapping, then: Mapping) -> bool:
 
 def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     """The settings of `cell`: the scale's, those of its data set, of its IPC, its own.  None: not in this scale."""
-    data = scale["data"].get(cell.dataset)
-    on_disk = data is not None and data.get("streamed") and cell.algorithm in ON_DISK
-    if cell.algorithm in matching_stages.ALGORITHMS and not on_disk:
+    data = scale["data"].get(cell.dataset) or {}
+    protocol = data.get("protocols", {}).get(cell.protocol, cell.protocol)
+    large = cell.algorithm in SELECTIONS and (data.get("streamed") or protocol in LARGE_SCALE)
+    if cell.algorithm in matching_stages.ALGORITHMS and not large:
         return matching_stages.matching_setup(scale, cell)
-    if data is None or cell.ipc in data.get("leave_out", ()):
+    if not data or cell.ipc in data.get("leave_out", ()):
         return None
-    cell = replace(cell, protocol=data.get("protocols", {}).get(cell.protocol, cell.protocol))
+    cell = replace(cell, protocol=protocol)
     layers = [scale, data, data.get("by_ipc", {}).get(cell.ipc, {})]
     made_with = cell.teacher or scale.get("made_with") or cell.arch
     networks = merged(ARCHITECTURES, scale.get("networks"), data.get("networks"))

@@ -1,4 +1,4 @@
-"""Coresets, CAD-Prune and CA2D of a set that stays on disk: scored as a stream, the chosen images alone are kept."""
+"""Coresets, CAD-Prune and CA2D at ImageNet scale; a set that stays on disk is scored as a stream."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from common.protocols import large_scale
 from common.selection import Scored, scored
 from common.store import Checkpoint, Product
 from common.train import accuracy, fit
-from common.views import Recipe, normalise
+from common.views import Recipe, augmented, normalise, sides
 from methods import cad, coresets
-from papers.image_stages import checked, distilled_set, readable, real_views, resumed, untrained
+from papers.image_stages import checked, distilled_set, readable, real_views, resumed, sizes, untrained, whole
 from papers.selection_stages import SELECTS
 
 if TYPE_CHECKING:
@@ -32,22 +32,29 @@ if TYPE_CHECKING:
 __all__ = ["IMAGES"]
 
 HARD = "hard-truths-large-hard"  # the protocol of students that EL2N-Best is chosen by
-STREAMED = "rrc-flip"  # the one augmentation that a stream has
+AUGMENT = "rrc-flip"  # the one augmentation that a stream has
+WHOLE = ("features", "gradients")  # kinds of selectors that read features and errors of the last epoch
 RANKS = ("dyn_unc", "dual", "dual_beta", "el2n", "el2n_best", "grand", "entropy")  # by scores that are 0 if not read
 READS = ("window", "windows", "include_last")  # the snapshots that a scoring run of cad.py looks at here
 AT_ONCE = 4096  # held-out images in memory
 
 
-def on_disk(lab: Lab, setup: Setup) -> Scored:
-    """What a scoring run sees of a streamed set: centre views, in training random resized crops with flips."""
+def seen(lab: Lab, setup: Setup) -> Scored:
+    """What a scoring run sees of a set: centre views, in training random resized crops with flips."""
     train = lab.data(setup.dataset, "train")
-    if not isinstance(train, Stream):
-        raise ValueError(f"{setup.dataset} is in memory; without `streamed: true` it is chosen from there")
 
     def read(rows: Tensor, batch: int, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        view, gaps = ("center", True) if epoch is None else ("random", False)  # steps are counted
-        for images, _, chosen in train.batches(rows, batch, setup.size, view, 0, epoch or 0, gaps=gaps):
-            yield images, chosen
+        if isinstance(train, Stream):
+            view, gaps = ("center", True) if epoch is None else ("random", False)  # steps are counted
+            for images, _, chosen in train.batches(rows, batch, setup.size, view, 0, epoch or 0, gaps=gaps):
+                yield images, chosen
+            return
+        for part in rows.split(batch):
+            if epoch is None:
+                yield train.center(setup.size, part), part
+            else:  # a batch is named by its first image, also in a run that was stopped
+                g = rng(0, "view", epoch, int(part[0]))
+                yield augmented(train.images, sides(train)[part], part, Recipe(), setup.size, g), part
 
     def make(generator: torch.Generator) -> torch.nn.Module:
         return networks.make(setup.network, classes=len(train.classes), size=setup.size, generator=generator)
@@ -56,39 +63,41 @@ def on_disk(lab: Lab, setup: Setup) -> Scored:
 
 
 @functools.cache  # seconds with a million labels, and cells share them
-def _checked(config: coresets.Config, train: Stream) -> None:
+def _checked(config: coresets.Config, train: Dataset | Stream) -> None:
     coresets.check(config, train.labels)
 
 
 @functools.cache
-def _checked_cad(config: cad.Config, train: Stream, network: str, size: int) -> None:
+def _checked_cad(config: cad.Config, train: Dataset | Stream, network: str, size: int) -> None:
     net = untrained(network, len(train.classes), size) if config.method == "ca2d" else None
-    cad.check(config, train.whole, train.labels, net, size=size)
+    cad.check(config, whole(train), train.labels, net, size=size)
 
 
 def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """One set serves all seeds of students."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items()}
-    if (kind := options.pop("augment", STREAMED)) != STREAMED:
-        raise ValueError(f"augment={kind!r}: {setup.dataset} is streamed from disk; allowed: {STREAMED}")
+    if (kind := options.pop("augment", AUGMENT)) != AUGMENT:
+        raise ValueError(f"augment={kind!r}: a scoring run at ImageNet scale sees {AUGMENT} alone")
     config, train = coresets.Config(**{"precision": lab.precision, **options}), lab.data(setup.dataset, "train")
-    if config.method not in RANKS:
+    if isinstance(train, Stream) and config.method not in RANKS:
         raise ValueError(
             f"method={config.method!r} compares images with each other, or takes one that cannot be read for good; "
             f"{setup.dataset} is streamed from disk; allowed: {', '.join(RANKS)}"
         )
     _checked(config, train)
-    on, flops = on_disk(lab, setup), forward_flops(setup.network, setup.size)
+    on, flops = seen(lab, setup), forward_flops(setup.network, setup.size)
     run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
 
-    looks = {"early": (config.epoch,), "dual": ()}.get(coresets.METHODS[config.method])  # None: every epoch
+    kind = coresets.METHODS[config.method]
+    final = kind in WHOLE
+    looks = {"early": (config.epoch,), "dual": (), "dynamics": None}.get(kind, (config.trained,))  # None: every epoch
 
     def score(work: Path) -> Product:
-        bank = scored(work, on, coresets, config, None, 0, config.trained, looks=looks, final=False)
+        bank = scored(work, on, coresets, config, None, 0, config.trained, looks=looks, final=final)
         return Product(bank.tensors(), {})
 
-    settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": STREAMED}
-    settings["looks"] = looks
+    settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": AUGMENT}
+    settings |= {"looks": looks} | ({"final": True} if final else {})
     passes = 3.0 * config.trained + (config.trained if looks is None else len(looks))
     what = f"scores of {setup.run_on}, {config.trained} epochs"
     bank = lab.stage("bank", settings, (train.fingerprint,), score, passes * len(train) * flops, what)
@@ -113,7 +122,9 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     return lab.stage("distill", settings, (train.fingerprint, bank), build, tries * views * flops, what, bank)
 
 
-def _trial(lab: Lab, setup: Setup, train: Stream, recipe: Recipe, work: Path) -> Callable[[Tensor, Tensor], float]:
+def _trial(
+    lab: Lab, setup: Setup, train: Dataset | Stream, recipe: Recipe, work: Path
+) -> Callable[[Tensor, Tensor], float]:
     """accuracy(chosen, held out) of a student under hard labels, resumable: what EL2N-Best asks for each window."""
     asked = itertools.count()
 
@@ -141,7 +152,7 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     budget = {"student_epochs": setup.student.epochs}  # that is matched, whatever the published students have
     config = cad.Config(**{"precision": lab.precision, **setup.distill, **budget})
     train = lab.data(setup.dataset, "train")
-    on, crops = on_disk(lab, setup), config.method == "ca2d"
+    on, crops = seen(lab, setup), config.method == "ca2d"
     _checked_cad(config, train, setup.network, setup.size)
     teacher = (lab.teacher(setup),) if crops else ()
     _, window, windows, steps = cad.schedule(config, len(train.classes), len(train))
@@ -150,7 +161,7 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         return Product(scored(work, on, cad, config, None, 0, steps, every=False), {})
 
     run = {name: value for name, value in asdict(config).items() if name not in SELECTS or name in READS}
-    settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": STREAMED}
+    settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": AUGMENT}
     cost = (3.0 * steps * config.batch + (window + windows - 1) * len(train)) * forward_flops(setup.network, setup.size)
     what = f"compute-matched scores, {setup.run_on}, {steps} steps"
     scores = lab.stage("trajectory", settings, (train.fingerprint,), score, cost, what)
@@ -162,8 +173,8 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
             return _chosen(train, cad.prune(score, train.labels, config.ipc), setup, {"method": "cad"})
         state, on_step, _ = resumed(work, cad.Synthesis.restore)
         images, labels = cad.synthesise(
-            checked(lab, setup, teacher[0]), train.whole, train.labels, score, config, size=setup.size,
-            mean=train.mean, std=train.std, generator=rng(0, "crops"), state=state, on_step=on_step,
+            checked(lab, setup, teacher[0]), whole(train), train.labels, score, config, size=setup.size,
+            sizes=sizes(train), mean=train.mean, std=train.std, generator=rng(0, "crops"), state=state, on_step=on_step,
         )  # fmt: skip
         return distilled_set({"images": images, "labels": labels}, {"method": "ca2d"}, train)
 
@@ -174,7 +185,7 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     return lab.stage("distill", settings, (train.fingerprint, *needs), build, cost, what, *needs)
 
 
-def _chosen(train: Stream, rows: Tensor, setup: Setup, meta: dict) -> Product:
+def _chosen(train: Dataset | Stream, rows: Tensor, setup: Setup, meta: dict) -> Product:
     """The set of these training images, as bytes: five hundred of each class of ImageNet-1K are 75 GB."""
     tensors = {"images": real_views(train, rows, setup), "labels": train.labels[rows], "indices": rows}
     return distilled_set(tensors, meta, train)

@@ -8,7 +8,7 @@ from torch import nn
 
 from common import networks
 from common.augment import rng
-from common.datasets import load
+from common.datasets import Dataset, load
 from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
@@ -147,6 +147,15 @@ def lab(tmp_path, monkeypatch) -> Lab:
     return Lab(Store(tmp_path / "runs"), None, torch.device("cpu"), "fp32")
 
 
+@pytest.fixture
+def memory(lab, tmp_path, monkeypatch) -> Lab:
+    """The same lab with the set in memory."""
+    found = {s: load("own", tmp_path, split=s, bad_share=0.2) for s in ("train", "test")}
+    assert all(isinstance(data, Dataset) for data in found.values())
+    monkeypatch.setattr(Lab, "data", lambda self, name, split: found[split])
+    return lab
+
+
 def cell(name: str, student_epochs: int = 2, **distill) -> tuple:
     """The setup of a cell of ImageNet-1K, on the stream; and its algorithm."""
     loaded = load_paper("hard_truths")
@@ -194,7 +203,7 @@ def test_what_a_stream_cannot_give_is_named_when_it_is_planned(lab):
     for changes, words in (
         ({"method": "kmeans"}, "method='kmeans' compares images with each other.*allowed: dyn_unc, dual"),
         ({"method": "margin"}, "method='margin'.*takes one that cannot be read for good; own is streamed"),
-        ({"augment": "dsa"}, "augment='dsa': own is streamed from disk; allowed: rrc-flip"),
+        ({"augment": "dsa"}, "augment='dsa': a scoring run at ImageNet scale sees rrc-flip alone"),
         ({"ipc": 13}, "ipc=13: the largest class has 12 images"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -221,3 +230,36 @@ def test_unreadable_images_are_not_chosen(lab, tmp_path):
     rows = lab.entry(lab.images(small, "coreset", 0)).tensors()["indices"].tolist()
     items = lab.data("own", "train").items
     assert len(rows) == 22 and not any(items[i].endswith((b"a/1.png", b"b/2.png")) for i in rows)
+
+
+# ---------------------------------------------------------------- sets of that size in memory
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("cad-prune", {"student_epochs": 18}),
+        ("k-centers", {"epochs": 3, "milestones": (), "schedule": "constant"}),
+        ("ca2d", {"student_epochs": 18, "pool": 9, "factor": 2}),
+    ],
+)
+def test_a_set_in_memory_is_chosen_from_as_a_stream_is(memory, name, short):
+    published, small, algorithm = cell(f"regimes-large/imagenette/{name}/hl/resnet-18/10", **short)
+    assert (published.size, published.network, published.student.name) == (224, "resnet18", "hard-truths-large-hard")
+    made = memory.images(small, algorithm, 0)
+    tensors, train = memory.entry(made).tensors(), memory.data("own", "train")
+    assert tensors["labels"].tolist() == [0, 0, 1, 1] and tensors["images"].shape == (4, 3, 32, 32)
+    if name != "ca2d":
+        assert torch.equal(tensors["images"], train.center(32, tensors["indices"]))
+        assert torch.equal(tensors["labels"], train.labels[tensors["indices"]])
+    (top1,) = memory.entry(memory.student(small, made, 0)).meta["accuracies"]
+    assert 0 <= top1 <= 100
+
+
+def test_a_scoring_run_sees_the_same_crops_of_a_batch_again_and_others_in_the_next_epoch(memory):
+    _, small, _ = cell("regimes-large/imagenette/k-centers/hl/resnet-18/10")
+    read, rows = stream_stages.seen(memory, small).images, torch.arange(12)
+    asked = ((rows, 0), (rows[4:], 0), (rows, 1), (rows, None))
+    whole, again, later, clean = (torch.cat([x for x, _ in read(part, 4, epoch)]) for part, epoch in asked)
+    assert torch.equal(whole[4:], again) and not torch.equal(whole, later)
+    assert torch.equal(clean, memory.data("own", "train").center(32, rows))
