@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import groupby
 
-__all__ = ["KEY", "WIDTH", "Row", "extras_markdown", "latex", "markdown", "terminal"]
+__all__ = ["KEY", "WIDTH", "Row", "extras_markdown", "latex", "markdown", "not_run", "terminal"]
 
 KEY = ("table", "dataset", "method", "setting", "arch", "ipc", "metric")
 WIDTH = 100  # characters of a terminal; a wider table is cut into one panel per outermost column
@@ -83,6 +83,12 @@ def extras_markdown(rows: Sequence[Row]) -> str:
         where = "; ".join(dict.fromkeys(row["run_on"] for row in mine))
         parts += [f"## {dataset} ({where})", _pipes(grid)]
     return "\n\n".join(parts) + "\n"
+
+
+def not_run(reasons: Mapping[str, str]) -> str:
+    """What a paper prints and no table or figure here has, and why."""
+    lines = [_wrapped(f"- {name}: {why}") for name, why in reasons.items()]
+    return "\n".join(["# not run: tables and figures of the paper that have no place here\n", *lines]) + "\n"
 
 
 def stood_for(dataset: str, run_on: str) -> str:

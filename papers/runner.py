@@ -6,6 +6,7 @@ python -m papers.runner paper=wmdd scale=paper only=table1/imagenette/10 budget=
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import json
@@ -24,9 +25,9 @@ import torch
 from common import cli
 from common.hardware import autocast, hardware, resolve_device
 from common.store import Store, write_atomic
-from papers import committed, image_stages, matching_stages, measured_stages, plan, report
+from papers import committed, image_stages, matching_stages, measured_stages, plan, render, report
 from papers.arguments import Args, describe, names_scale, parse, seconds
-from papers.plan import Cell, Paper, load_paper, select
+from papers.plan import SCALES, Cell, Paper, load_paper, select
 from papers.setups import Setup, outdated, setup_of
 from papers.stages import Lab, Stage
 
@@ -81,11 +82,25 @@ class Run:
         for row in rows:
             if row["seeds"] and tuple(row[k] for k in report.KEY) in others:
                 row["status"] = "not comparable, made with other settings than the scale has now"
-        for row in rows:  # metrics, or methods, that have no cells at all, and why
-            if row["status"].endswith(none := "no cell planned"):
-                said = layout.get("not_run", {})
-                row["status"] = f"not run: {said.get(row['metric']) or said.get(row['method']) or none}"
+        for row in rows:
+            if row["status"].endswith("no cell planned"):
+                row["status"] = f"not run: {self.unplanned(tuple(row[k] for k in report.KEY), layout)}"
         return rows
+
+    @functools.cached_property
+    def scales_of(self) -> dict[tuple, list[str]]:
+        """The scales that have a cell of a number, by its key."""
+        found: dict[tuple, list[str]] = {}
+        for scale in SCALES:
+            for key in dict.fromkeys(tuple(cell.key().values()) for cell in self.paper.cells_at(scale)):
+                found.setdefault(key, []).append(scale)
+        return found
+
+    def unplanned(self, key: tuple, layout: Mapping) -> str:
+        """Why a printed number has no cell here: it is one of other scales, or what `not_run` says of a part of it."""
+        if scales := self.scales_of.get(key):
+            return f"planned at scale {' and '.join(scales)}"
+        return next((why for part, why in layout.get("not_run", {}).items() if part in key), "no cell planned")
 
     def check(self) -> None:
         """ValueError for result files, printed numbers, layouts or figures that could not be reported in the end."""
@@ -417,6 +432,8 @@ def write_report(finished: Run) -> None:
         extras = report.extras_rows(r for r in finished.results.values() if r["table"] == table)
         if extras:
             report.write_extras(extras, finished.folder)
+    if finished.paper.not_run:
+        write_atomic(finished.folder / "not_run.md", render.not_run(finished.paper.not_run).encode())
     figures = draw_figures(finished)
     print(f"\ntables in {finished.folder}; figures: {', '.join(figures) or 'none'}", flush=True)
 

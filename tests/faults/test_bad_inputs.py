@@ -141,6 +141,7 @@ YAML = [
          broken.paper(b"title: !!python/object/apply:os.mkdir [MARKER]\n")),
     Case("nested without end", RUN, r"paper\.yaml", broken.paper(DEEP.encode())),
     Case("a missing part", RUN, r"paper\.yaml must have exactly the keys", broken.paper(lambda c: c.pop("tables"))),
+    Case("reasons in a list", RUN, "not_run must be a mapping, not", broken.paper(lambda c: c.update(not_run=["a"]))),
     Case("an unknown part", RUN, r"paper\.yaml must have exactly the keys", broken.paper(lambda c: c.update(extra=1))),
     Case("scales as a list", RUN, r"paper\.yaml.*scales", broken.paper(lambda c: c.update(scales=["smoke"]))),
     Case("a missing scale", RUN, "exactly the scales smoke, small, paper",
