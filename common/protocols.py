@@ -94,7 +94,8 @@ PROTOCOLS: dict[str, Protocol] = {
             schedule="constant", augment=DSA, source="the same with the augmentation of DSA: not of the paper",
         ),
         Protocol("hard-truths-hard", epochs=300, augment=DSA, source=f"{_HARD_TRUTHS}, small scale, HL"),
-        # Weight decay is not stated, 0.01 is AdamW's default; nor is a factor T^2, to which AdamW is blind.
+        # Weight decay is not stated, 0.01 is AdamW's default; nor is a factor T^2: left out, as AdamW sees a constant
+        # factor only through its epsilon.
         Protocol(
             "hard-truths-soft", epochs=300, optimizer="adamw", lr=1e-3, momentum=0.0, weight_decay=0.01,
             schedule="cosine", augment=DSA, labels="kl", temperature=20.0, source=f"{_HARD_TRUTHS}, small scale, SL",

@@ -83,6 +83,18 @@ def test_cells_of_imagenet_scale_get_them():
     assert whole.student == setup("paper", "table9/imagenet-1k/random/hl/resnet-50/50/own")[1].student
 
 
+@pytest.mark.parametrize("name", ["k-centers", "cad-prune", "ca2d"])
+@pytest.mark.parametrize("scale", ["large-hard", "hard"])  # by either name: at this size there is one
+def test_real_images_of_imagenette_have_students_of_imagenet_scale(name, scale):
+    cell, _ = setup("paper", f"regimes-large/imagenette/{name}/hl/resnet-18/10/own")
+    chosen = setups.setup_of(PAPER.scales["paper"], replace(cell, protocol=f"hard-truths-{scale}"))
+    assert (chosen.size, chosen.student_network, chosen.student.name) == (224, "resnet18", "hard-truths-large-hard")
+    assert (chosen.student.batch, chosen.student.lr, chosen.student.labels) == (50, 0.1, "hard")
+    assert chosen.student.shuffle == (2 if name == "ca2d" else 1)
+    soft, online = (setup("paper", f"regimes-large/imagenette/{name}/{r}/resnet-18/10/own")[1] for r in ("sl", "sl+kd"))
+    assert (soft.labels, online.labels, soft.student.cutmix, online.student.cutmix) == ("fixed", "online", False, True)
+
+
 @pytest.mark.slow
 def test_the_three_regimes_at_imagenet_scale_on_digits(lab):
     scale = {**PAPER.scales["paper"], "teacher": {"epochs": 1}, "student": {"epochs": 6}}
@@ -158,6 +170,29 @@ def test_every_printed_number_of_small_data_sets_has_a_cell():
     assert len(small) > 60 and not [r for r in small if tuple(r[k] for k in report.KEY) not in cells]
 
 
+@pytest.mark.parametrize("scale", PAPER.scales)
+def test_what_is_printed_and_not_run_says_why(scale, tmp_path, monkeypatch):
+    planned = [runner.Planned(cell, why="not yet") for cell in PAPER.cells_at(scale)]
+    args = runner.parse(["paper=hard_truths", f"scale={scale}"])
+    finished = runner.Run(args, PAPER, None, planned, tmp_path, {})
+    printed = report.load_reported(ROOT / "hard_truths" / "reported.csv")
+    whys = {t: {r["method"]: r["status"] for r in finished.rows(t)} for t in dict.fromkeys(r["table"] for r in printed)}
+    assert not [words for own in whys.values() for words in own.values() if "no cell planned" in words]
+    assert whys["table6"]["D4M"] == "not run: needs a pretrained diffusion model"
+    elsewhere = "not run: not yet" if scale == "paper" else "not run: planned at scale paper"
+    assert whys["table6"]["SRe2L"] == whys["table6"]["RDED"] == elsewhere
+    monkeypatch.setattr(runner, "draw_figures", lambda finished: [])
+    runner.write_report(finished)
+    page = (tmp_path / "not_run.md").read_text(encoding="utf-8")
+    assert "- figure4c: as figure4b" in page and max(map(len, page.splitlines())) <= 100
+
+
+def test_every_table_and_figure_of_the_supplement_has_a_place_or_a_reason():
+    whole = {f"table{i}" for i in range(1, 12)} | {f"figure{i}" for i in (1, 2, *range(5, 11))}
+    whole |= {"figure3a", "figure3b", "figure4a", "figure4b", "figure4c"}
+    assert whole <= {*PAPER.tables, *PAPER.not_run} and not PAPER.tables.keys() & PAPER.not_run.keys()
+
+
 def test_selectors_of_one_run_share_it(lab):
     names = ("margin", "glister", "forgetting-most", "herding")
     banks = set()
@@ -166,6 +201,31 @@ def test_selectors_of_one_run_share_it(lab):
         stage = matching_stages.images(lab, chosen, "coreset", 0)
         banks.add(lab.key(stage.needs[0]))
     assert len(banks) == 1
+
+
+@pytest.mark.parametrize("name", ["random", "craig", "cad-prune"])
+def test_the_loss_of_mtt_is_asked_of_the_set_whose_students_are_tested(lab, name):
+    """All by one expert, that of figure 4."""
+    keys = {}
+    for metric in ("", "/tm-loss"):
+        cell, chosen = setup("smoke", f"selectors/cifar-100/{name}/hl/convnet/10/own{metric}")
+        (stage,) = lab.students(cell, chosen, (0,))
+        keys[metric] = {s.name: lab.key(s) for s in stage.all()}
+    cell, chosen = setup("smoke", "figure4/cifar-100/random/hl/convnet/10/own/tm-loss")
+    (figure4,) = lab.students(cell, chosen, (0,))
+    assert keys[""]["distill"] == keys["/tm-loss"]["distill"] and "objective" in keys["/tm-loss"]
+    assert keys["/tm-loss"]["experts"] == next(lab.key(s) for s in figure4.all() if s.name == "experts")
+
+
+def test_every_selector_has_every_objective_at_every_scale():
+    for scale in PAPER.scales:
+        found = {}
+        for c in PAPER.cells_at(scale):
+            if c.table == "selectors":
+                found.setdefault((c.method, c.ipc), set()).add(c.metric)
+        assert len(found) == 46 and {*map(frozenset, found.values())} == {
+            frozenset({"accuracy", "BN loss", "DM loss", "TM loss"})
+        }
 
 
 def test_soft_regimes_want_a_teacher(lab):
@@ -255,8 +315,8 @@ def test_figures_and_spreads(run):
 @pytest.mark.slow
 def test_objectives_stand_beside_the_accuracy_of_their_set(run):
     found = {r["metric"]: r for r in run.results.values() if r["cell"].startswith("selectors/cifar-100/margin/")}
-    assert set(found) == {"accuracy", "BN loss", "DM loss"}
-    assert all(len(found[m]["values"]) == 1 and found[m]["mean"] > 0 for m in ("BN loss", "DM loss"))
+    assert set(found) == {"accuracy", "BN loss", "DM loss", "TM loss"}
+    assert all(len(found[m]["values"]) == 1 and found[m]["mean"] > 0 for m in ("BN loss", "DM loss", "TM loss"))
     made = {m: next(s["key"] for s in r["stages"] if s["stage"] == "distill") for m, r in found.items()}
     assert len(set(made.values())) == 1
     data = figures.subsets(run, "DM loss")
@@ -388,8 +448,9 @@ def test_correlations_of_made_up_sets():
         result(f"set {i}", ipc, metric, value)
         for i in range(6)
         for ipc in (10, 50)
-        for metric, value in (("accuracy", 30 + i + ipc / 2), ("BN loss", 100 - i - ipc), ("DM loss", 5 + i))
+        for metric, value in {"accuracy": 30 + i + ipc / 2, "BN loss": 100 - i - ipc, "DM loss": 5 + i,
+                              "TM loss": i % 2}.items()
     ]
     found = figures.correlations(SimpleNamespace(results=dict(enumerate(rows))))
     assert found["BN loss"].partial == pytest.approx(1) and found["DM loss"].within == pytest.approx(-1)
-    assert found["BN loss"].subsets == 12
+    assert found["BN loss"].subsets == 12 and abs(found["TM loss"].partial) < 0.5

@@ -6,9 +6,9 @@ EL2N-SL  Section 4: the norm of an image's gradient under the labels of a teache
 DCS      Section 7: rank correlation between the loss that an objective gives to a subset and the error of a student
          trained on that subset (`dcs`); +1 for an objective that orders subsets as their students do
 
-The losses are those of papers/objectives.py.  The tables run DCS of two on the sets of the table of selectors: Eq. 1 on
-exact statistics of the whole subset (`bn_loss`) and Eq. 5 of five random networks, images as they are (`dm_loss`).  In
-no table, for experiments of your own: `doubled`.
+The losses are those of papers/objectives.py.  The tables run DCS of three on the sets of the table of selectors: Eq. 1
+on exact statistics of the whole subset (`bn_loss`), Eq. 4 from the start epochs of one expert (`tm_loss`) and Eq. 5 of
+five random networks, images as they are (`dm_loss`).  In no table, for experiments of your own: `doubled`.
 
 Where the paper is silent, and what is taken here:
   size of a subset   "adjusted for", without a formula  -> partial Spearman: ranks of loss and error, each freed of what

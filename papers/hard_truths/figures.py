@@ -20,7 +20,7 @@ from methods import coresets
 from papers import drawing
 from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman, very_poor
 from papers.matching_stages import setting_of, teacher_logits
-from papers.measured_stages import GRID
+from papers.measured_stages import GRID, OBJECTIVES, TRAJECTORY
 from papers.setups import Setup
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def figure_regimes(run: Run) -> Figure | None:
         "HL": "hard labels (HL)", "SL": "one teacher label an image (SL)", "SL+KD": "a teacher label a view (SL+KD)"
     }  # fmt: skip
     words = drawing.listed(text for regime, text in told.items() if regime in set(sets["setting"]))
-    text = f"The same sets under {words}, the same number of steps."
+    text = f"The same sets under {words}, nearly the same number of steps."
     if len(spread):
         text += f" Above each regime: largest minus smallest mean accuracy, in points, {_over(sets)}."
     text += f" {drawing.where(sets)} {drawing.error_bars(sets)}"
@@ -291,7 +291,7 @@ def correlations(run: Run, *, poor: bool = False) -> dict[str, DCS]:
     selector, or of those that share a score, together.
     """
     found = {}
-    for objective in ("BN loss", "DM loss"):
+    for objective in (*OBJECTIVES, TRAJECTORY):
         data = subsets(run, objective)
         data = data if poor else data[~data["poor"].astype(bool)]
         if len(data) >= 4:
@@ -322,8 +322,9 @@ def figure3(run: Run) -> Figure | None:
     crossed = left_out * " Crossed out, and not counted: accuracy below 70 % of the best at that IPC."
     text = (
         f"{count} sets of real images, chosen in different ways: does a lower loss go with a lower error (rho near 1)?"
-        " BN loss is SRe2L's, DM loss that of random networks; rank correlation of all sets, and given IPC with its"
-        f" 95 % interval from the bootstrap over selectors.{crossed} {drawing.where(drawing.values(run, 'selectors'))}"
+        " BN loss is SRe2L's, DM loss that of random networks, TM loss MTT's, the mean over start epochs of an expert;"
+        " rank correlation of all sets, and given IPC with its 95 % interval from the bootstrap over selectors."
+        f"{crossed} {drawing.where(drawing.values(run, 'selectors'))}"
     )
     return drawing.captioned(figure, text, run)
 
