@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cases_matching, cases_mixing, cases_nrr_dd, cases_rded, cases_sre2l, cases_wmdd
+from benchmarks import cases_coresets, cases_matching, cases_mixing, cases_nrr_dd, cases_rded, cases_sre2l, cases_wmdd
 from benchmarks.case import Case
 from common import cli
 from common.hardware import bf16_is_fast, made, peak_memory, resolve_device
@@ -35,7 +35,7 @@ from common.store import write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {
     **cases_wmdd.CASES, **cases_matching.CASES, **cases_sre2l.CASES, **cases_rded.CASES, **cases_nrr_dd.CASES,
-    **cases_mixing.CASES,
+    **cases_mixing.CASES, **cases_coresets.CASES,
 }  # fmt: skip
 PLAIN, TUNED = "plain", "plain, tuned allocator"
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # keep freed memory, as run_all.sh does

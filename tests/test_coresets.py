@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import nn
 
+from benchmarks import cases_coresets, plain_coresets
 from common import script_selection
 from common.augment import rng
 from methods import coresets
@@ -156,6 +157,34 @@ def test_kcenter_takes_the_farthest_each_time(seed):
     assert coresets.kcenter(x, 3, 2).tolist() == chosen
     sums = (x[:, None] - x).square().sum(2).sum(1)
     assert coresets.medoid(x) == int(sums.argmin())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_plain_forms_choose_the_same(seed):
+    """Of few enough: two images that only they cover better have one and the same gain."""
+    error, features = gradients(n=40, width=6, seed=seed)
+    chosen = coresets.facility_location(coresets.similarity(error, features), 5)
+    assert chosen.tolist() == plain_coresets.facility_location(error, features, 5)
+    assert coresets.kcenter(features, 9, seed).tolist() == plain_coresets.kcenter(features, 9, seed)
+
+
+@pytest.mark.parametrize("name", [*cases_coresets.CASES])
+def test_the_benchmark_runs(name, monkeypatch):
+    """Small, and every form of it twice."""
+    for size, value in {"IPC": 3, "COUNT": 30, "WIDTH": 5}.items():
+        monkeypatch.setattr(cases_coresets, size, value)
+    monkeypatch.setattr(cases_coresets, "bank", cases_coresets.bank.__wrapped__)
+    case = cases_coresets.CASES[name]
+    for loop in filter(None, (case.plain, *(form.loop for form in case.forms.values()))):
+        answers = []
+
+        def answer(answers=answers):
+            answers.append(1)
+            if len(answers) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            loop(answer, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("seed", range(4))
