@@ -45,6 +45,8 @@ Where DeepCore or an official code differs, and what is taken here (options have
   balance      EL2N, Dyn-Unc, DUAL and GraNd rank all classes together (balanced=false); by class here
   k-means      starts are compared in a random projection, `sketch` dimensions wide; the best is refined in all of them
   network      the sources score with a ResNet-18 at a rate of 0.1; the script with its students' ConvNet, at 0.01
+  pretrained   DeepCore has CAL's neighbours and the k-center features of a network pretrained on ImageNet; those of the
+               scoring run here, as for all others
 Needs torch alone; copy this file alone.
 """
 
