@@ -48,6 +48,7 @@ def commands(text: str) -> list[str]:
 
 def test_the_results_are_those_of_the_committed_files():
     assert readme.updated(TEXT, readme.results(ROOT / "tables")) == TEXT, "run: python -m papers.readme"
+    assert readme.PAGE.read_text(encoding="utf-8") == readme.page(ROOT / "tables"), "run: python -m papers.readme"
 
 
 def test_the_status_counts_every_printed_number_once():
