@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from papers.runner import Planned, Run
 
 __all__ = [
-    "IPC_AXIS", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry", "error_bars",
+    "ASIDE", "IPC_AXIS", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry", "error_bars",
     "ipc_axis", "lines", "listed", "name_of", "panels", "show_image", "title", "values", "where",
 ]  # fmt: skip
 
 IPC_AXIS = "images per class (IPC, log scale)"
+ASIDE = "Lines are moved sideways a little, so that none hides another."  # what `dodged` does
 WORDS = {  # the classes of Imagenette by the names of their folders
     "n01440764": "tench", "n02102040": "springer", "n02979186": "cassette player", "n03000684": "chain saw",
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",

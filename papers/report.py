@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ EXTRAS_COLUMNS = (
 )  # fmt: skip
 CELL_FIELDS = ("cell", *KEY, "label_regime", "values", "seeds", "mean", "std", "run_on", "settings")
 
+OLDER = re.compile(r"^(\w+) \((\d+ px) files\), (\d+ px)$")  # how the first results named the same data
 RANDOM = "Random real (ours)"  # the method name of cells that use random real images under the same recipe
 TOLERANCE_POINTS = 1.0  # percentage points allowed beyond two standard errors: other hardware, libraries, teachers
 
@@ -101,6 +103,7 @@ def load_cells(folder: str | Path) -> list[Row]:
         first = paths.setdefault((_key(cell), cell["label_regime"]), path)
         if first != path:
             raise ValueError(f"{path} and {first} hold the same cell")
+        cell["run_on"] = OLDER.sub(r"\1, \3, from files of \2", cell["run_on"])
         cells.append(cell if len(cell["values"]) > 1 else cell | {"std": None})  # one value has no spread
     return cells
 

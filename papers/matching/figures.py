@@ -81,5 +81,5 @@ def figure_accuracy(run: Run) -> Figure | None:
     words = ["on distilled images, each method by its own protocol"] if set(methods) != {RANDOM} else []
     words += ["on random real images by the protocol of DSA"] if RANDOM in methods else []
     text = f"Test accuracy of ConvNets trained from scratch {', and '.join(words)}."
-    text += f" {drawing.where(data)} {drawing.error_bars(data)}"
+    text += f" {drawing.ASIDE} {drawing.where(data)} {drawing.error_bars(data)}"
     return drawing.captioned(figure, text, run, data)

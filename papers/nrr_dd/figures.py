@@ -142,8 +142,8 @@ def figure_random(run: Run) -> Figure | None:
         run, data, ("images", "labels"), hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"]
     )
     text = (
-        f"Student accuracy {drawing.compared(data, RANDOM)}. Lines are moved sideways a little, so that none hides"
-        f" another. {drawing.where(data)} {drawing.error_bars(data)}"
+        f"Student accuracy {drawing.compared(data, RANDOM)}. {drawing.ASIDE} {drawing.where(data)}"
+        f" {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run, data)
 

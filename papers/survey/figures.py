@@ -34,11 +34,13 @@ def collected() -> pd.DataFrame:
     return data.assign(family=data["setting"], year=data["method"].map(years), accuracy=data["value"])
 
 
-def _palette(families: list[str]) -> dict:
-    return dict(zip(families, sns.color_palette("husl", len(families)), strict=True))
+def _looks(families: list[str]) -> dict[str, dict]:
+    """A colour and a marker of its own for each family: twelve colours alone are not told apart."""
+    colours, markers = sns.color_palette("tab10"), "os^Dv<>PX*dph8"
+    return {f: {"color": colours[n % 10], "marker": markers[n % len(markers)]} for n, f in enumerate(families)}
 
 
-def _legend_below(figure: Figure, axes) -> None:
+def _legend_aside(figure: Figure, axes) -> None:
     """One legend for all panels."""
     handles: dict = {}
     for ax in axes:
@@ -52,18 +54,18 @@ def figure_ipc(run: Run) -> Figure:
     """Every printed accuracy over images per class, coloured by family, one panel a data set."""
     data = collected()
     families = sorted(set(data["family"]))
+    looks = _looks(families)
     figure, axes = drawing.axes_of(11.5, 3.2, 1, len(CLASSES))
     for ax, dataset in zip(axes[0], CLASSES, strict=True):
         own = data[data["dataset"] == dataset]
         for family in (f for f in families if f in set(own["family"])):
             for _, one in own[own["family"] == family].groupby(["method", "arch"]):
                 one = one.sort_values("ipc")
-                colour = _palette(families)[family]
-                ax.plot(one["ipc"], one["accuracy"], marker=".", linewidth=0.7, color=colour, label=family)
+                ax.plot(one["ipc"], one["accuracy"], markersize=3.5, linewidth=0.7, label=family, **looks[family])
         drawing.ipc_axis(ax, own["ipc"].astype(int))
         ax.tick_params(axis="x", labelsize=6)
         ax.set(title=dataset, ylabel="printed top-1 accuracy (%)" if ax is axes[0, 0] else "")
-    _legend_below(figure, axes[0])
+    _legend_aside(figure, axes[0])
     text = (
         "Accuracies as the survey prints them, one line a method and network, coloured by family. Each is another"
         " paper's claim under a protocol of its own: networks, labels and epochs differ, so lines do not rank methods."
@@ -87,7 +89,7 @@ def figure_years(run: Run) -> Figure:
         ax.set_xticks(sorted(set(own["year"].astype(int))))
         ax.tick_params(axis="x", labelsize=7)
     axes[0, 0].set_ylabel("best printed accuracy so far (%)")
-    _legend_below(figure, axes[0])
+    _legend_aside(figure, axes[0])
     text = (
         "Best accuracy that the survey prints up to each year. Soft labels of a teacher and larger networks came with"
         " the decoupled methods, so part of the rise is the protocol."
@@ -101,14 +103,14 @@ def figure_compression(run: Run) -> Figure:
     kept = data["ipc"] * data["dataset"].map(CLASSES) / data["dataset"].map(TRAIN_IMAGES)
     data = data.assign(kept=100 * kept)
     families = sorted(set(data["family"]))
+    looks = _looks(families)
     figure, axes = drawing.axes_of(11.5, 3.2, 1, len(CLASSES))
     for ax, dataset in zip(axes[0], CLASSES, strict=True):
-        own = data[data["dataset"] == dataset]
-        look = {"hue_order": families, "style_order": families, "palette": _palette(families), "s": 22}
-        sns.scatterplot(own, x="kept", y="accuracy", hue="family", style="family", ax=ax, **look)
+        for family, own in data[data["dataset"] == dataset].groupby("family"):
+            ax.plot(own["kept"], own["accuracy"], linestyle="", markersize=4, label=family, **looks[family])
         ax.set(xscale="log", xlabel="images kept (%, log scale)", title=dataset)
         ax.set_ylabel("printed top-1 accuracy (%)" if ax is axes[0, 0] else "")
-    _legend_below(figure, axes[0])
+    _legend_aside(figure, axes[0])
     text = (
         "Accuracies as printed over how much of the training set is kept; the bytes of soft labels are not counted."
         " Each is another paper's claim under a protocol of its own, so points do not rank methods."
@@ -133,7 +135,7 @@ def figure_leaderboard(run: Run) -> Figure | None:
         )  # fmt: skip
         ax.set(xlabel="", ylabel="top-1 accuracy (%)", title=f"IPC {int(ipc)}")
         ax.tick_params(axis="x", rotation=40, labelsize=7)
-    _legend_below(figure, axes[0])
+    _legend_aside(figure, axes[0])
     told = {"SL": "one teacher label an image", "SL+KD": "a teacher label a view"}
     words = "".join(f"; {setting}: {text}" for setting, text in told.items() if setting in shown)
     text = (
@@ -176,5 +178,7 @@ def scores(run: Run) -> pd.DataFrame:
         cell = found.get((method, ipc, "HL")) or next(r for (m, i, _), r in found.items() if (m, i) == (method, ipc))
         row |= {"seconds to make": sum(s for name, s in cell["seconds"].items() if name != "students")}
         row |= {"image bytes": cell["bytes"]["images"]}
+        if (method, ipc, "SL") in found:  # under SL+KD none are stored, and the teacher itself is needed
+            row |= {"label bytes, SL": found[method, ipc, "SL"]["bytes"]["labels"]}
         rows.append(row)
     return pd.DataFrame(rows)

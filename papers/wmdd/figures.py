@@ -187,8 +187,8 @@ def figure_labels(run: Run) -> Figure | None:
     figure.supxlabel(drawing.IPC_AXIS, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     text = (
-        f"Student accuracy {drawing.compared(data, RANDOM)}, on test images of the same data set. Lines are"
-        f" moved sideways a little, so that none hides another. {drawing.where(data)} {drawing.error_bars(data)}"
+        f"Student accuracy {drawing.compared(data, RANDOM)}, on test images of the same data set. {drawing.ASIDE}"
+        f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run, data)
 
