@@ -141,10 +141,10 @@ def lost(distilled: DistilledSet, layout: str) -> list[str]:
     """What of a set a layout does not keep, besides its settings."""
     if layout == "safetensors":
         return []
-    words = [f"mean and std (read it with the same normalisation=: {distilled.mean}, {distilled.std})"]
+    words = ["mean and std: to be given when it is read, as by normalisation="]
     if layout == "images":
         if outside := ((distilled.images < 0) | (distilled.images > 1)).double().mean().item():
-            words.append(f"values outside [0, 1], {100 * outside:.1f} % of all, which were cut")
+            words.append(f"values outside [0, 1], {100 * outside:.1f} % of all: cut")
         words.append("more than 8 bits of a pixel")
     if layout != "mtt":
         words += ["soft labels"] * (distilled.soft_labels is not None)
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> None:
         write(distilled, paths[1], options.layout)
         print(f"written: {paths[1]}")
         if words := lost(distilled, options.layout):
-            print(f"not kept by layout={options.layout}: {'; '.join(words)}")
+            print("\n  ".join([f"not kept by layout={options.layout}:", *words]))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_a_set_of_another_size_is_refused(tmp_path):
 
 def result(method, ipc, setting, *values, seconds=None):
     mean = sum(values) / len(values)
-    facts = {"seconds": seconds or {"distill": 3.0, "students": 9.0}, "bytes": {"images": 123}}
+    facts = {"seconds": seconds or {"distill": 3.0, "students": 9.0}, "bytes": {"images": 123, "labels": 400}}
     return {"table": "leaderboard", "method": method, "ipc": ipc, "setting": setting, "values": list(values),
             "mean": mean, **facts}  # fmt: skip
 
@@ -78,6 +78,7 @@ def test_scores_are_differences_and_rescaled_sums():
     assert dm["hard-label recovery"] == pytest.approx(40) and dm["over random, HL"] == pytest.approx(15)
     assert dm["over random, SL+KD"] == pytest.approx(2) and "over random, SL" not in dm.dropna()
     assert (dm["seconds to make"], dm["image bytes"]) == (3.0, 123)
+    assert found["label bytes, SL"].to_dict() == pytest.approx({"Random": 400, "DM": float("nan")}, nan_ok=True)
     assert 0 < dm["label robust score"] < 100 and 0 < dm["augmentation robust score"] < 100
     assert found.loc["Random"].isna()["over random, HL"] and "All training images" not in found.index
     better = [*rows[:-2], result("DM", 10, "SL+KD", 60.0), rows[-1]]

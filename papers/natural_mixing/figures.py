@@ -137,7 +137,7 @@ def figure_gain(run: Run) -> Figure | None:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     text = "What mixing with real images adds to test accuracy, printed for CIFAR-10."
-    text += f" {drawing.ASIDE} {drawing.where(ours)} {drawing.error_bars(ours)}"
+    text += f" {drawing.where(ours)} {drawing.ASIDE} {drawing.error_bars(ours)}"
     return drawing.captioned(figure, text, run, ours)
 
 
