@@ -129,6 +129,8 @@ def figure5a(run: Run) -> Figure | None:
     if data is None:
         return None
     data["lambda"] = [_lambda(settings["distill"]) for settings in data["settings"]]
+    if data["lambda"].nunique() < 2:  # no curve
+        return None
     figure, axes = drawing.axes_of(4.6, 3.4)
     ax = axes[0, 0]
     drawing.lines(data, ax, x="lambda", hue="dataset", hue_order=drawing.datasets(run, data))
