@@ -7,7 +7,6 @@ stages on it: each works in a folder, resumes from the checkpoint there, and ret
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from common.datasets import Dataset, Stream, info, load
 from common.datasets_table import NORMALISATION
 from common.distilled import DistilledSet, grid
 from common.protocols import PROTOCOLS, Protocol
+from common.resume import resumable
 from common.store import Checkpoint, Product, Store
 from common.students import train_students
 
@@ -181,27 +181,14 @@ def distil(
     work: Path, on: Setting, config, distill: Callable, restore: Callable, seed: int, *arguments, augmented: bool = True
 ) -> Product:
     """Run `distill` resumably: tensors in network-input space, a picture of the first classes, the losses."""
-    checkpoint = Checkpoint(work / "state.safetensors")
-    saved = checkpoint.load()
-    losses = saved[1]["losses"] if saved else []
-    bar = tqdm(desc="distil", unit="step", total=config.iterations, initial=saved[1]["step"] if saved else 0,
-               disable=None)  # fmt: skip
     every = max(1, config.iterations // 100)
-
-    def on_step(state) -> None:
-        bar.update()
-        if state.step % every == 0:
-            losses.append([state.step, float(state.loss)])
-            bar.set_postfix(loss=f"{losses[-1][1]:.4g}")
-        if checkpoint.due(state.step):
-            checkpoint.save(state.tensors(), {"losses": losses, "step": state.step})
-
-    tensors = distill(
-        on.train.images, on.train.labels, *arguments, config, make_network=on.make_network, prepare=on.prepare,
-        augment=on.augment if augmented else None, generator=rng(seed, "distill"), device=on.device,
-        state=restore(saved[0]) if saved else None, on_step=on_step,
-    )  # fmt: skip
-    bar.close()
+    curve = lambda state: None if state.step % every else [state.step, float(state.loss)]  # noqa: E731
+    with resumable(work, restore, config.iterations, curve=curve) as (state, on_step, losses):
+        tensors = distill(
+            on.train.images, on.train.labels, *arguments, config, make_network=on.make_network, prepare=on.prepare,
+            augment=on.augment if augmented else None, generator=rng(seed, "distill"), device=on.device,
+            state=state, on_step=on_step,
+        )  # fmt: skip
     return Product(tensors, {"losses": losses, **size_of(tensors)}, {"preview.png": preview(on, tensors)})
 
 
@@ -229,24 +216,13 @@ def experts(
 ) -> Product:
     """Train expert trajectories resumably, all of config.experts or those of some numbers: one tensor [S+1, P] each."""
     numbers = range(config.experts) if only is None else only
-    checkpoint = Checkpoint(work / "state.safetensors")
-    saved = checkpoint.load()
-    bar = tqdm(desc="experts", unit="epoch", total=len(numbers) * config.epochs,
-               initial=saved[1]["done"] if saved else 0, disable=None)  # fmt: skip
-
-    steps = itertools.count(1)
-
-    def on_step(state) -> None:
-        bar.update(state.step - bar.n)
-        if checkpoint.due(next(steps)):
-            checkpoint.save(state.tensors(), {"done": state.step})
-
-    found = train_experts(
-        on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare, augment=on.augment,
-        generator=rng(seed, "experts"), device=on.device, only=numbers, side_by_side=side_by_side(on.device, on.size),
-        state=restore(saved[0]) if saved else None, on_step=on_step,
-    )  # fmt: skip
-    bar.close()
+    epochs = len(numbers) * config.epochs
+    with resumable(work, restore, epochs, name="experts", unit="epoch") as (state, on_step, _):
+        found = train_experts(
+            on.train.images, on.train.labels, config, make_network=on.make_network, prepare=on.prepare,
+            augment=on.augment, generator=rng(seed, "experts"), device=on.device, only=numbers,
+            side_by_side=side_by_side(on.device, on.size), state=state, on_step=on_step,
+        )  # fmt: skip
     return Product({f"expert{e:03d}": trajectory for e, trajectory in zip(numbers, found, strict=True)}, {})
 
 
@@ -264,13 +240,18 @@ def students(
     options: those of `train_students`; with keep=True the tensors are the students' own, named <place>/<parameter>.
     """
     protocol = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
-    with tqdm(desc=f"students, {protocol.name}", unit="epoch", disable=None) as bar:
+    with tqdm(desc=f"students, {protocol.name}", unit="epoch", leave=False, disable=None) as bar:
+
+        def on_epoch(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
         found = train_students(
             tested_images(tensors), tensors["labels"], on.test.images, on.test.labels, make_network=on.make_network,
             protocol=protocol, seeds=seeds, prepare=on.prepare, augment=on.augment if protocol.augment else None,
             lr=float(tensors["lr"]) if "lr" in tensors else None, soft_labels=tensors.get("soft_labels"),
             weights=tensors.get("weights"), device=on.device, dtype=dtype,
-            checkpoint=Checkpoint(work / "students.safetensors"), on_epoch=lambda *_: bar.update(), **options,
+            checkpoint=Checkpoint(work / "students.safetensors"), on_epoch=on_epoch, **options,
         )  # fmt: skip
     kept = {f"{place}/{name}": v for place, state in enumerate(found.networks) for name, v in state.items()}
     curves = {"curves": found.curves} if found.curves else {}

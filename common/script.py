@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common import cli, distilled, matching, networks, teachers
 from common.augment import rng
@@ -25,6 +24,7 @@ from common.distilled import DistilledSet, grid
 from common.hardware import bf16_is_fast, hardware, precision_name, recorded, resolve_device, resolve_precision
 from common.labels import Online
 from common.protocols import PROTOCOLS, Protocol
+from common.resume import passes_done, resumable
 from common.store import Checkpoint, Entry, Product, Store, write_atomic
 from common.train import accuracy, fit
 from common.views import Recipe, normalise
@@ -247,6 +247,7 @@ def run_with_teacher(
     restore: Callable[[dict], object],
     distill: Callable,
     *,
+    passes: Callable[[Any, int], int],
     check: Callable | None = None,
     native: bool = False,
     small: str = "resnet18",
@@ -259,6 +260,7 @@ def run_with_teacher(
 
     published: settings by (dataset, ipc or None); they fill fields that were not given.  restore: tensors -> state of
     the method.  distill: the method's function; native: it cuts its own views from whole images (`size`, `sizes`).
+    passes: (config, classes) -> how many batches, or classes, it makes one after the other.
     check: (config, untrained teacher, labels, size=, side=) raises for what cannot work; a trained teacher near chance
     is refused then too.  small: the network below 128 px, ResNet-18 else.  recipes: the teacher's by data set, WMDD's
     for others.  factor: (config, size) -> patches along a side of an image.  student: (dataset, classes, network,
@@ -309,7 +311,12 @@ def run_with_teacher(
         name,
         {"config": asdict(config), "size": size, "seed": args.seed},
         (entry.key, train.fingerprint),
-        recorded(lambda work: _distilled(work, config, train, views, teacher, args.seed, restore, distill), device),
+        recorded(
+            lambda work: _distilled(
+                work, config, train, views, teacher, args.seed, restore, distill, passes(config, len(train.classes))
+            ),
+            device,
+        ),
     )
     tensors = made.tensors()
     name = kept or name
@@ -337,21 +344,15 @@ def native_size(name: str, data: Dataset) -> int:
         return data.short_side
 
 
-def _distilled(work: Path, config, train: Dataset, views: Tensor, teacher, seed: int, restore, distill) -> Product:
-    checkpoint = Checkpoint(work / "state.safetensors")
-    saved = checkpoint.load()
-    bar = tqdm(desc="distil", unit="step", initial=saved[1]["steps"] if saved else 0, disable=None)
-
-    def on_step(state) -> None:
-        bar.update()
-        if checkpoint.due(bar.n):
-            checkpoint.save(state.tensors(), {"steps": bar.n})
-
-    made = distill(
-        views, train.labels, teacher, config, mean=train.mean, std=train.std, generator=rng(seed, "distill"),
-        state=restore(saved[0]) if saved else None, on_step=on_step,
-    )  # fmt: skip
-    bar.close()
+def _distilled(
+    work: Path, config, train: Dataset, views: Tensor, teacher, seed: int, restore, distill, passes: int
+) -> Product:
+    each = getattr(config, "iterations", 1)
+    with resumable(work, restore, passes * each, done=passes_done(each)) as (state, on_step, _):
+        made = distill(
+            views, train.labels, teacher, config, mean=train.mean, std=train.std, generator=rng(seed, "distill"),
+            state=state, on_step=on_step,
+        )  # fmt: skip
     return Product(made, {})
 
 

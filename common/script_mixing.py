@@ -10,15 +10,15 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import cli, matching
 from common.augment import rng
 from common.datasets import Stream, load
 from common.distilled import grid
 from common.hardware import hardware, recorded, resolve_device
+from common.resume import resumable
 from common.script import WithSet, arg, read_set
-from common.store import Checkpoint, Product, Store, digest, write_atomic
+from common.store import Product, Store, digest, write_atomic
 
 __all__ = ["run_mixing"]
 
@@ -89,22 +89,14 @@ def _real_to_mix(args: Mixing, on: matching.Setting, method: ModuleType) -> tupl
 def _mixed_student(
     work: Path, on: matching.Setting, tensors: dict[str, Tensor], pool, config, method: ModuleType, seed: int
 ) -> Product:
-    checkpoint = Checkpoint(work / "state.safetensors")
-    saved = checkpoint.load()
-    state = method.State.restore(saved[0]) if saved else None
-    bar = tqdm(desc="student", unit="epoch", total=config.passes, initial=state.epoch if state else 0, disable=None)
-
-    def on_step(state) -> None:
-        bar.update()
-        if checkpoint.due(state.epoch):
-            checkpoint.save(state.tensors(), {})
-
-    weights = method.train(
-        tensors["images"], tensors["labels"], None, None, config, make_network=on.make_network,
-        augment=on.augment if config.augment else None, soft_labels=tensors.get("soft_labels"),
-        generator=rng(seed, "mixing"), device=on.device, state=state, on_step=on_step, pool=pool,
-    )  # fmt: skip
-    bar.close()
+    with resumable(
+        work, method.State.restore, config.passes, done=lambda state: state.epoch, name="student", unit="epoch"
+    ) as (state, on_step, _):
+        weights = method.train(
+            tensors["images"], tensors["labels"], None, None, config, make_network=on.make_network,
+            augment=on.augment if config.augment else None, soft_labels=tensors.get("soft_labels"),
+            generator=rng(seed, "mixing"), device=on.device, state=state, on_step=on_step, pool=pool,
+        )  # fmt: skip
     net = on.make_network(rng(0))
     net.load_state_dict(weights)
     return Product({}, {"accuracy": _top1(net.to(on.device).eval(), on)})

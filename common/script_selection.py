@@ -8,13 +8,13 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from common import matching, teachers
 from common.augment import rng
 from common.distilled import DistilledSet
 from common.hardware import precision_name, recorded, resolve_precision
 from common.protocols import PROTOCOLS, Protocol
+from common.resume import resumable
 from common.script import Common, Matching, arg, keep, parse, train_and_test
 from common.selection import Scored, augment_of, scored, trial
 from common.store import Checkpoint, Entry, Product, Store
@@ -152,17 +152,9 @@ def own_teacher(store: Store, on: matching.Setting, args, device: torch.device) 
 
 def _chosen(work: Path, on: matching.Setting, config, method: ModuleType, teacher, seed: int, kind: str) -> Product:
     """What the method makes, its images on the [0, 1] scale; kind: the augmentation of the scoring run."""
-    checkpoint, train = Checkpoint(work / "state.safetensors"), on.train
-    saved = checkpoint.load()
-    state = method.State.restore(saved[0]) if saved else None
+    train = on.train
     *_, total = method.schedule(config, len(train.classes), len(train))
-    with tqdm(desc="score", unit="step", total=total, initial=state.step if state else 0, disable=None) as bar:
-
-        def on_step(state) -> None:
-            bar.update()
-            if checkpoint.due(state.step):
-                checkpoint.save(state.tensors(), {"step": state.step})
-
+    with resumable(work, method.State.restore, total, name="score") as (state, on_step, _):
         made = method.distill(
             train.images, train.labels, config, make_network=on.make_network, teacher=teacher, prepare=on.prepare,
             augment=augment_of(kind, on, method), mean=train.mean, std=train.std, generator=rng(seed, "distill"),

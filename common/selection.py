@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import matching
 from common.augment import CropResizeFlip, rng
 from common.protocols import Protocol
+from common.resume import resumable
 from common.store import Checkpoint
 from common.students import train_students
 
@@ -56,16 +56,7 @@ def scored(work: Path, on: Scored, method: ModuleType, config, augment: Any, see
 
     more: further arguments of the method's `score`.
     """
-    checkpoint = Checkpoint(work / "state.safetensors")
-    saved = checkpoint.load()
-    state = method.State.restore(saved[0]) if saved else None
-    with tqdm(desc="score", unit="step", total=total, initial=state.step if state else 0, disable=None) as bar:
-
-        def on_step(state) -> None:
-            bar.update()
-            if checkpoint.due(state.step):
-                checkpoint.save(state.tensors(), {})
-
+    with resumable(work, method.State.restore, total, name="score") as (state, on_step, _):
         return method.score(
             on.images, on.labels, config, make_network=on.make_network, prepare=on.prepare, augment=augment,
             generator=rng(seed, "scoring run"), device=on.device, state=state, on_step=on_step, **more,

@@ -862,6 +862,7 @@ if __name__ == "__main__":
             lambda a: script.run_with_teacher(
                 a, "nrr_dd", Config, PUBLISHED, State.restore, distill, check=check, native=True, small="convnet3",
                 factor=Config.factor, student=rded.student_recipe, recipes=teachers.SQUEEZE,
+                passes=lambda config, classes: math.ceil(classes * config.ipc / config.batch),
             ),
             sys.argv[1:],
         )

@@ -503,7 +503,7 @@ if __name__ == "__main__":
             lambda a: script.run_with_teacher(
                 a, "rded", Config, PUBLISHED, State.restore, distill, check=check, native=True, small="resnet18-mod",
                 factor=lambda config, size: resolved(config, size).factor, student=student_recipe,
-                recipes=teachers.SQUEEZE,
+                recipes=teachers.SQUEEZE, passes=lambda config, classes: classes,
             ),
             sys.argv[1:],
         )

@@ -658,7 +658,7 @@ if __name__ == "__main__":
             name, published = "dwa", {(dataset, None): PUBLISHED_DWA["imagenet-1k", None]} | PUBLISHED_DWA
         script.run_with_teacher(
             arguments, "sre2l", Config, published, RecoverState.restore, distill, check=check, small="resnet18-mod",
-            recipes=teachers.SQUEEZE, kept=name,
+            recipes=teachers.SQUEEZE, kept=name, passes=lambda config, classes: len(passes(classes, config)),
         )  # fmt: skip
 
     sys.exit(cli.guard(main, sys.argv[1:]))

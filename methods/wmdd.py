@@ -822,7 +822,10 @@ if __name__ == "__main__":
 
     sys.exit(
         cli.guard(
-            lambda a: script.run_with_teacher(a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill, check=check),
+            lambda a: script.run_with_teacher(
+                a, "wmdd", Config, PUBLISHED, RecoverState.restore, distill, check=check,
+                passes=lambda config, classes: len(passes(classes, config)),
+            ),
             sys.argv[1:],
         )
     )

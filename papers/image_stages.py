@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ from common.augment import rng
 from common.datasets import Dataset, Stream
 from common.distilled import grid
 from common.networks import forward_flops
-from common.store import Checkpoint, Product
+from common.resume import passes_done, resumable
+from common.store import Product
 from common.views import normalise
 from methods import nrr_dd, rded, sre2l, wmdd
 
@@ -118,11 +120,11 @@ def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
         real = wmdd.Statistics(**lab.entry(stats).tensors())
-        state, on_step, losses = resumed(work, wmdd.RecoverState.restore, config.iterations)
-        images = wmdd.recover(
-            lab.restored(teacher), real, *targets(), config, size=setup.size, mean=train.mean, std=train.std,
-            generator=rng(0, "wmdd"), part=part, state=state, on_step=on_step,
-        )  # fmt: skip
+        with resumed(work, wmdd.RecoverState.restore, len(rows[part]), config) as (state, on_step, losses):
+            images = wmdd.recover(
+                lab.restored(teacher), real, *targets(), config, size=setup.size, mean=train.mean, std=train.std,
+                generator=rng(0, "wmdd"), part=part, state=state, on_step=on_step,
+            )  # fmt: skip
         return images, losses
 
     settings = {"method": "wmdd", "config": asdict(config), "size": setup.size, "seed": 0}
@@ -194,24 +196,25 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     classes = len(train.classes)
     _check(sre2l, config, setup, train)
 
-    teacher = lab.teacher(setup)
+    teacher, plan = lab.teacher(setup), sre2l.passes(classes, config)
 
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
-        state, on_step, losses = resumed(work, sre2l.RecoverState.restore, config.iterations)
         start = None
         if config.init == "real":
             rows = sre2l.drawn(train.labels.cpu(), config.ipc, rng(0, "start"))
             start = lambda number: real_views(train, rows[number], setup).cpu().float() / 255  # noqa: E731
-        images = sre2l.recover(
-            checked(lab, setup, teacher), classes, config, size=setup.size, channels=len(train.mean), mean=train.mean,
-            std=train.std, generator=rng(0, "sre2l"), start=start, part=part, state=state, on_step=on_step,
-        )  # fmt: skip
+        with resumed(work, sre2l.RecoverState.restore, len(plan[part]), config) as (state, on_step, losses):
+            images = sre2l.recover(
+                checked(lab, setup, teacher), classes, config, size=setup.size, channels=len(train.mean),
+                mean=train.mean, std=train.std, generator=rng(0, "sre2l"), start=start, part=part, state=state,
+                on_step=on_step,
+            )  # fmt: skip
         return images, losses
 
     settings = {"method": "sre2l", "config": asdict(config), "size": setup.size, "seed": 0}
     what, inputs = f"SRe2L, {setup.run_on}, IPC {config.ipc}", (teacher, train.fingerprint)
     cost = 3 * classes * config.ipc * config.iterations * forward_flops(setup.network, setup.size)
-    parts, recovered = _in_parts(lab, recover, sre2l.passes(classes, config), settings, inputs, cost, what)
+    parts, recovered = _in_parts(lab, recover, plan, settings, inputs, cost, what)
 
     def build(work: Path) -> Product:
         images, losses = recovered(work)
@@ -234,8 +237,8 @@ def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         )  # fmt: skip
         return {name: made[name] for name in ("images", "labels")}
 
-    passes = len(train.classes) * config.pool * config.crops
-    return _with_teacher(lab, setup, "rded", config, make, rded.State.restore, passes)
+    looked = len(train.classes) * config.pool * config.crops
+    return _with_teacher(lab, setup, "rded", config, make, rded.State.restore, len(train.classes), looked)
 
 
 DISCOVERY = ("ipc", "pool", "crops", "kept", "cam_score", "confidence", "patches", "precision")  # what CIDD reads
@@ -259,8 +262,8 @@ def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         )  # fmt: skip
         return {"images": images, "labels": torch.arange(len(train.classes)).repeat_interleave(config.ipc)}
 
-    passes = len(train.classes) * config.pool * (1 + config.kept)
-    return _with_teacher(lab, setup, "cidd", config, make, nrr_dd.Discovery.restore, passes)
+    looked = len(train.classes) * config.pool * (1 + config.kept)
+    return _with_teacher(lab, setup, "cidd", config, make, nrr_dd.Discovery.restore, len(train.classes), looked)
 
 
 def nrr_dd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
@@ -281,29 +284,31 @@ def nrr_dd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         return {"images": images, "labels": found["labels"], "before": before, "mask": mask}
 
     forwards = 2 if config.label_refinement else 1
-    passes = 3 * forwards * len(train.classes) * config.ipc * config.iterations
-    return _with_teacher(lab, setup, "nrr_dd", config, make, nrr_dd.State.restore, passes, start)
+    made = len(train.classes) * config.ipc
+    passes, looked = math.ceil(made / config.batch), 3 * forwards * made * config.iterations
+    return _with_teacher(lab, setup, "nrr_dd", config, make, nrr_dd.State.restore, passes, looked, start)
 
 
 def _with_teacher(
-    lab: Lab, setup: Setup, name: str, config, make: Callable, restore: Callable, passes: int, *needs: Stage
-) -> Stage:
+    lab: Lab, setup: Setup, name: str, config, make: Callable, restore: Callable, passes: int, looked: int,
+    *needs: Stage,
+) -> Stage:  # fmt: skip
     """The distill stage of a method that needs a teacher and, at most, the training images.
 
-    make(teacher, state=, on_step=) -> tensors; passes: forward passes of one image, for the estimate of time; needs:
-    stages that it starts from.
+    make(teacher, state=, on_step=) -> tensors; passes: batches or classes, one after the other; looked: forward passes
+    of one image, for the estimate of time; needs: stages that it starts from.
     """
     teacher, train = lab.teacher(setup), lab.data(setup.dataset, "train")
 
     def build(work: Path) -> Product:
         net = checked(lab, setup, teacher)
-        state, on_step, losses = resumed(work, restore, getattr(config, "iterations", 1))
-        tensors = make(net, state=state, on_step=on_step)
+        with resumed(work, restore, passes, config) as (state, on_step, losses):
+            tensors = make(net, state=state, on_step=on_step)
         return distilled_set(tensors, {"method": name, "losses": losses}, train)
 
     settings = {"method": name, "config": asdict(config), "size": setup.size, "seed": 0}
     what = f"{name.upper().replace('_', '-')}, {setup.run_on}, IPC {config.ipc}"
-    cost = passes * forward_flops(setup.network, setup.size)
+    cost = looked * forward_flops(setup.network, setup.size)
     return lab.stage("distill", settings, (teacher, train.fingerprint, *needs), build, cost, what, teacher, *needs)
 
 
@@ -369,20 +374,15 @@ def readable(train: Dataset | Stream, rows: Tensor, setup: Setup) -> tuple[Tenso
     return train.center(setup.size, rows, shorter=setup.shorter), rows
 
 
-def resumed(work: Path, restore: Callable, iterations: int = 1) -> tuple[object | None, Callable, list]:
-    """The state saved in the folder `work` (None at the start), a hook that saves it, and the losses so far."""
-    checkpoint = Checkpoint(work / "state.safetensors")
-    saved = checkpoint.load()
-    losses = saved[1]["losses"] if saved else []
+def resumed(work: Path, restore: Callable, passes: int, config) -> AbstractContextManager[tuple]:
+    """`resumable` for so many passes of config.iterations steps, or for classes that are made one by one."""
 
-    def on_step(state) -> None:
-        step = getattr(state, "step", 0)  # states of RDED and of CIDD count classes alone
-        if step and step % 50 == 0 and math.isfinite(state.loss):
-            losses.append([state.number, step, state.loss])
-        if checkpoint.due(state.number * iterations + step):
-            checkpoint.save(state.tensors(), {"losses": losses})
+    def curve(state) -> list | None:
+        step = getattr(state, "step", 0)  # states of RDED, CIDD and CA2D count classes alone
+        return [state.number, step, state.loss] if step and step % 50 == 0 and math.isfinite(state.loss) else None
 
-    return restore(saved[0]) if saved else None, on_step, losses
+    iterations = getattr(config, "iterations", 1)
+    return resumable(work, restore, passes * iterations, done=passes_done(iterations), curve=curve)
 
 
 def distilled_set(tensors: dict[str, Tensor], meta: dict, train: Dataset | Stream) -> Product:

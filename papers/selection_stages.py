@@ -11,6 +11,7 @@ from torch import Tensor
 from common import matching
 from common.augment import rng
 from common.protocols import PROTOCOLS
+from common.resume import passes_done, resumable
 from common.selection import Scored, augment_of, scored, trial
 from common.store import Product
 from methods import cad, coresets
@@ -108,11 +109,11 @@ def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Sta
             chosen = on.prepare(train.images[rows.to(train.images.device)])
             return _set(on, {"images": chosen, "labels": train.labels.cpu()[rows], "indices": rows})
         data = lab.data(setup.dataset, "train")  # the teacher's own normalisation
-        state, on_step, _ = image_stages.resumed(work, cad.Synthesis.restore)
-        made, labels = cad.synthesise(
-            lab.restored(teacher[0]), train.images, train.labels, score, config, mean=data.mean, std=data.std,
-            generator=rng(seed, "crops"), state=state, on_step=on_step,
-        )  # fmt: skip
+        with resumable(work, cad.Synthesis.restore, len(train.classes), done=passes_done()) as (state, on_step, _):
+            made, labels = cad.synthesise(
+                lab.restored(teacher[0]), train.images, train.labels, score, config, mean=data.mean, std=data.std,
+                generator=rng(seed, "crops"), state=state, on_step=on_step,
+            )  # fmt: skip
         return _set(on, {"images": on.inputs(made.to(on.device) / 255), "labels": labels})
 
     settings = {**matching.facts(on, seed), "method": "cad", "config": _named(config)}

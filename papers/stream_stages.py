@@ -17,12 +17,13 @@ from common.augment import rng
 from common.datasets import Dataset, Stream
 from common.networks import forward_flops
 from common.protocols import large_scale
+from common.resume import passes_done, resumable
 from common.selection import Scored, scored
 from common.store import Checkpoint, Product
 from common.train import accuracy, fit
 from common.views import Recipe, augmented, normalise, sides
 from methods import cad, coresets
-from papers.image_stages import checked, distilled_set, readable, real_views, resumed, sizes, untrained, whole
+from papers.image_stages import checked, distilled_set, readable, real_views, sizes, untrained, whole
 from papers.selection_stages import SELECTS
 
 if TYPE_CHECKING:
@@ -171,11 +172,12 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         score = cad.dynamic_score(found, window, windows, config.include_last)
         if not crops:
             return _chosen(train, cad.prune(score, train.labels, config.ipc), setup, {"method": "cad"})
-        state, on_step, _ = resumed(work, cad.Synthesis.restore)
-        images, labels = cad.synthesise(
-            checked(lab, setup, teacher[0]), whole(train), train.labels, score, config, size=setup.size,
-            sizes=sizes(train), mean=train.mean, std=train.std, generator=rng(0, "crops"), state=state, on_step=on_step,
-        )  # fmt: skip
+        with resumable(work, cad.Synthesis.restore, len(train.classes), done=passes_done()) as (state, on_step, _):
+            images, labels = cad.synthesise(
+                checked(lab, setup, teacher[0]), whole(train), train.labels, score, config, size=setup.size,
+                sizes=sizes(train), mean=train.mean, std=train.std, generator=rng(0, "crops"), state=state,
+                on_step=on_step,
+            )  # fmt: skip
         return distilled_set({"images": images, "labels": labels}, {"method": "ca2d"}, train)
 
     settings = {"method": "cad", "config": asdict(config), "size": setup.size, "seed": 0}
