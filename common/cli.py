@@ -78,6 +78,15 @@ def parse(config_class: type[Config], argv: list[str], *, prog: str, description
         raise UsageError(str(error)) from error
 
 
+def no_arguments(argv: list[str], *, prog: str, description: str) -> None:
+    """For commands without settings: UsageError for any argument. Raises HelpShown after printing the help."""
+    if any(argument in HELP for argument in argv):
+        print(f"usage: {prog}\n\n{textwrap.fill(description, WIDTH)}")
+        raise HelpShown
+    if argv:
+        raise UsageError(f"{' '.join(argv)!r} is unknown; {prog} takes no arguments")
+
+
 def guard(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs `main(argv)` and returns the exit status: 0 done or help shown, 2 wrong usage, 1 failed, 130 interrupted.
 

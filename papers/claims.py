@@ -105,8 +105,8 @@ def row(cell: dict, scale: str, status: str, theirs: dict | None) -> str:
 
 def main(argv: list[str]) -> None:
     """UsageError for any argument."""
-    if argv:
-        raise cli.UsageError(f"{' '.join(argv)!r} is unknown; python -m papers.claims takes no arguments")
+    what = "Writes docs/claims.md, every number of ours beside the printed one, from the committed tables."
+    cli.no_arguments(argv, prog="python -m papers.claims", description=what)
     write_atomic(PAGE, page(ROOT.parent / "tables").encode())
     print(f"written: {PAGE.relative_to(ROOT.parent)}")
 

@@ -252,8 +252,8 @@ def updated(text: str, block: str) -> str:
 
 def main(argv: list[str]) -> None:
     """UsageError for any argument."""
-    if argv:
-        raise cli.UsageError(f"{' '.join(argv)!r} is unknown; python -m papers.readme takes no arguments")
+    what = "Writes the results of README.md and docs/results.md from the committed tables."
+    cli.no_arguments(argv, prog="python -m papers.readme", description=what)
     text = README.read_text(encoding="utf-8")
     write_atomic(README, updated(text, results(ROOT.parent / "tables")).encode())
     write_atomic(PAGE, page(ROOT.parent / "tables").encode())

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.cli import HelpShown, UsageError, guard, help_text, parse
+from common.cli import HelpShown, UsageError, guard, help_text, no_arguments, parse
 
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
@@ -47,6 +47,15 @@ def test_defaults_and_every_type():
     assert config == Config("digits", 3, 0.001, False, (4, 5), ["table1", "table2"], ("bn", "ce"), 2.0, 7, (32, 64),
                             "a=b, c")
     assert type(config.budget) is float and type(config.seeds) is tuple and type(config.only) is list
+
+
+def test_a_command_without_settings_shows_its_help_and_refuses_the_rest(capsys):
+    facts = {"prog": "python -m x", "description": "Writes a page."}
+    assert no_arguments([], **facts) is None
+    with pytest.raises(UsageError, match="'a=1' is unknown; python -m x takes no arguments"):
+        no_arguments(["a=1"], **facts)
+    assert guard(lambda argv: no_arguments(argv, **facts), ["--help"]) == 0
+    assert capsys.readouterr().out == "usage: python -m x\n\nWrites a page.\n"
 
 
 def test_none_and_empty():
