@@ -15,12 +15,16 @@ from common import cli, matching
 from common.augment import rng
 from common.datasets import Stream, load
 from common.distilled import grid
-from common.hardware import hardware, recorded, resolve_device
+from common.hardware import hardware, recorded, resolve_device, resolve_precision
+from common.protocols import PROTOCOLS
 from common.resume import resumable
 from common.script import WithSet, arg, read_set
 from common.store import Product, Store, digest, write_atomic
 
 __all__ = ["run_mixing"]
+
+TAUGHT_BY_SET = tuple(p.name for p in PROTOCOLS.values() if p.labels in ("hard", "soft"))  # the others have a teacher
+RECIPE = ("epochs", "batch", "optimizer", "lr", "augment")  # options of natural mixing that a protocol has too
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Mixing(WithSet):
     pool: str = arg("", "what is mixed in: the training set (empty), fractals, or another data set by name")
     students: int = arg(1, "students of each kind", minimum=1)
     cross: bool = arg(False, "all four: with and without mixing, with and without augmentation")
+    protocol: str = arg("", "train by a named protocol in place of epochs, batch, optimizer, lr and augment",
+                        choices=("", *TAUGHT_BY_SET))  # fmt: skip
     out: str = arg("out", "folder for a picture of mixed images")
 
 
@@ -43,6 +49,12 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
     purpose = "Natural mixing: students of a distilled set, alone and mixed with real images."
     args = cli.parse(both, argv, prog="python methods/natural_mixing.py", description=purpose)
     config = method.Config(**{f.name: getattr(args, f.name) for f in fields(method.Config)})
+    if args.protocol:
+        changed = [f"{k}={getattr(config, k)}" for k in RECIPE if getattr(config, k) != getattr(method.Config(), k)]
+        if changed or args.cross:
+            raise cli.UsageError(
+                f"protocol={args.protocol} has its own recipe; leave out {', '.join(changed) or 'cross=true'}"
+            )
     device = resolve_device(args.device)
     print(f"natural mixing on {hardware(device)}\n" + "  ".join(f"{k}={v}" for k, v in asdict(args).items()))
     store = Store(Path(args.store).expanduser())
@@ -55,22 +67,48 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
     print(f"mixed images: {target}", flush=True)
     alone = replace(config, alpha="fixed", share=0.0)
     inputs = (digest(tensors), digest({"pool": pool.images.cpu()}), on.train.fingerprint, on.test.fingerprint)
+    seeds = range(args.seed, args.seed + args.students)
+    if args.protocol:
+        _by_protocol(args, store, inputs, on, tensors, pool, config, method, seeds)
+        return
     for augment in (False, True) if args.cross else (config.augment,):
         for name, kind in (("set alone", alone), ("mixed", config)):
             kind, found = replace(kind, augment=augment), []
-            for seed in range(args.seed, args.seed + args.students):
+            for seed in seeds:
                 train = partial(
                     _mixed_student, on=on, tensors=tensors, pool=pool, config=kind, method=method, seed=seed
                 )
                 settings = {**matching.facts(on, seed), "config": asdict(kind), "pool": args.pool}
                 tested = store.make("mixing", settings, inputs, recorded(train, device))
                 found.append(tested.meta["accuracy"])
-            spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
-            print(
-                f"{name + ', augmented' * augment}: {stats.fmean(found):.2f}{spread} % on {len(on.test)} test images "
-                f"({len(found)} students, last epoch)",
-                flush=True,
-            )
+            _say(name + ", augmented" * augment, found, on, "last epoch")
+
+
+def _say(name: str, found: list[float], on: matching.Setting, how: str) -> None:
+    spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
+    tested = f"{len(on.test)} test images ({len(found)} students, {how})"
+    print(f"{name}: {stats.fmean(found):.2f}{spread} % on {tested}", flush=True)
+
+
+def _by_protocol(
+    args: Mixing, store: Store, inputs: tuple[str, ...], on: matching.Setting, tensors: dict[str, Tensor], pool,
+    config, method: ModuleType, seeds: range,
+) -> None:  # fmt: skip
+    """Students by a named protocol, of the set and of what it is mixed to at each pass."""
+    protocol, dtype = PROTOCOLS[args.protocol], resolve_precision(config.precision, on.device)
+    images, labels = matching.tested_images(tensors).to(on.device), tensors["labels"]
+    if protocol.labels == "soft" and "soft_labels" in tensors:
+        labels = tensors["soft_labels"].argmax(1)
+
+    def mix(seed: int, epoch: int) -> Tensor:
+        return method.mixed_epoch(images, labels, pool, config, method.rng(seed, "mix", epoch))
+
+    facts = {**matching.facts(on, args.seed), "protocol": protocol.settings(), "seeds": list(seeds)}
+    facts |= {"precision": config.precision}
+    for name, own, how in (("set alone", None, {}), ("mixed", mix, {"mix": asdict(config), "pool": args.pool})):
+        train = partial(matching.students, on=on, tensors=tensors, protocol=protocol, seeds=seeds, dtype=dtype, mix=own)
+        tested = store.make("mixing", facts | how, inputs, recorded(train, on.device))
+        _say(name, tested.meta["accuracies"], on, f"protocol {protocol.name}, last epoch")
 
 
 def _real_to_mix(args: Mixing, on: matching.Setting, method: ModuleType) -> tuple[Tensor, Tensor | None]:

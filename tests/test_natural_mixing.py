@@ -17,6 +17,8 @@ from common.augment import ZCA, DiffAugment, rng
 from common.cli import UsageError
 from common.distilled import write_dc_pt
 from common.distilled_set import DistilledSet
+from common.protocols import PROTOCOLS
+from common.store import Checkpoint
 from methods import natural_mixing
 from methods.natural_mixing import Config, Pool, State, attractor, fractal_pool, mix, mixed_epoch, random_maps, train
 
@@ -560,9 +562,38 @@ def test_the_script_mixes_other_images(tmp_path, capsys, monkeypatch):
         script_run(tmp_path, capsys, "ipc=1", "size=8", "pool=digits")
 
 
+def test_the_script_takes_a_protocol(tmp_path, capsys, monkeypatch):
+    """Any recipe: that of DC's students, on the set and on what it is mixed to at each of their passes."""
+    monkeypatch.setitem(PROTOCOLS, "dc-2021", replace(PROTOCOLS["dc-2021"], epochs=3))
+    asked, mixed_epoch = [], natural_mixing.mixed_epoch
+
+    def spy(*arguments):
+        asked.append(arguments)
+        return mixed_epoch(*arguments)
+
+    monkeypatch.setattr(natural_mixing, "mixed_epoch", spy)
+    run = ["store=" + str(tmp_path / "runs"), f"out={tmp_path}", "device=cpu", "dataset=digits", "network=mlp", "ipc=2"]
+    script_mixing.run_mixing([*run, "size=8", "protocol=dc-2021", "students=2"], natural_mixing)
+    found = lines(capsys.readouterr().out)
+    assert list(found) == ["set alone", "mixed"] and found["set alone"] != found["mixed"]
+    assert len(asked) == 1 + 2 * PROTOCOLS["dc-2021"].passes  # the picture, and each pass of two students
+    on = matching.setting("digits", None, device=torch.device("cpu"), size=8, network="mlp")
+    tensors = matching.random_subset(on, 2, 0)
+    alone = matching.students(tmp_path, on, tensors, "dc-2021", [0, 1]).meta["accuracies"]
+    assert f"{sum(alone) / 2:.2f}" in found["set alone"]
+
+
+@pytest.mark.parametrize("more, words", [("epochs=5", "epochs=5"), ("cross=true", "cross=true")])
+def test_a_protocol_has_its_own_recipe(more, words):
+    with pytest.raises(UsageError, match=f"protocol=dc-2021 has its own recipe; leave out {words}"):
+        script_mixing.run_mixing(["protocol=dc-2021", more], natural_mixing)
+    with pytest.raises(UsageError, match="'hard-truths-soft' is not allowed"):
+        script_mixing.run_mixing(["protocol=hard-truths-soft"], natural_mixing)
+
+
 def test_a_killed_script_goes_on(tmp_path, capsys, monkeypatch):
     wanted = script_run(tmp_path / "whole", capsys, "ipc=1", "size=8", "alpha=sample")
-    monkeypatch.setattr(script_mixing.Checkpoint, "due", lambda *_: True)
+    monkeypatch.setattr(Checkpoint, "due", lambda *_: True)
     begun = []
 
     def train_(*arguments, on_step, state=None, **settings):
