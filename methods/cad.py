@@ -24,7 +24,7 @@ image, as RDED does: easy parts of images that are worth learning.
 What the paper leaves open, and what we take:
   S              true class probability, or EL2N |p - y|, as reimplementations have it    -> probability; score=el2n
   last snapshot  Eq. 2 as it stands ends at theta^{K-2}, counted from 0                   -> as it stands; include_last
-  J and W        6 and 2, said of ImageNet-1K                                             -> W = 2; J = K - W elsewhere
+  J and W        6 and 2, said of ImageNet-1K                -> W = 2; J = 6 on its subsets too, K - W on small sets
   small K        K = 1.56 at IPC 10 has no window, yet the paper has results              -> 8 snapshots within the run
   scoring run    network, recipe and seeds are not said    -> the students' network, one seed; the recipe of hard labels
                                                               in Table 1, see PUBLISHED and `augmentation`
