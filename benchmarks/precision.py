@@ -111,7 +111,7 @@ def compare(study: Study) -> dict[str, dict[str, list[float]]]:
             out["teacher"][precision].append(study.score(nets[precision, seed], precision))
             print("teacher", precision, seed, out["teacher"][precision][-1], flush=True)
     teacher = nets["fp32", study.options.seeds[0]]
-    real = wmdd.statistics(teacher, study.class_batches, len(study.train.classes))
+    real = wmdd.statistics(teacher, study.class_batches, range(len(study.train.classes)))
     for seed in study.options.seeds:
         sets = {p: study.images(teacher, real, seed, p) for p in PRECISIONS}
         both = study.student(teacher, sets["fp32"], seed, "fp32")

@@ -206,9 +206,10 @@ def _crop(x: Tensor, u: Tensor) -> Tensor:
     (height, width), most = x.shape[2:], [int(side / 8 + 0.5) for side in x.shape[2:]]
     padded = F.pad(x, (most[1], most[1], most[0], most[0]))
     # Rows and columns of the padded image that are kept: [B, H, 1] and [B, 1, W].
-    rows = (_integer(u[:, 0], 2 * most[0] + 1)[:, None] + torch.arange(height))[:, :, None]
-    columns = (_integer(u[:, 1], 2 * most[1] + 1)[:, None] + torch.arange(width))[:, None]
-    index = (rows * padded.shape[3] + columns).flatten(1)[:, None].to(x.device)  # [B, 1, H W]
+    top, left = (_integer(u[:, i], 2 * most[i] + 1).to(x.device)[:, None] for i in (0, 1))
+    rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+    rows, columns = (top + rows)[:, :, None], (left + columns)[:, None]
+    index = (rows * padded.shape[3] + columns).flatten(1)[:, None]  # [B, 1, H W]
     return padded.flatten(2).gather(2, index.expand(-1, x.shape[1], -1)).view(x.shape)
 
 

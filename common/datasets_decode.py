@@ -20,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from common.datasets_files import Listing
+from common.hardware import own_cpus
 
 MAX_ASPECT = 2  # longer images are centre-cropped to 2:1, so that one panorama does not blow up the canvas
 SMALL = 64  # px; images up to this side are stretched to a test view, larger ones resized and cropped
@@ -238,4 +239,4 @@ def reason(error: Exception) -> str:
 
 
 def _threads() -> int:
-    return min(32, os.cpu_count() or 1)
+    return min(32, own_cpus())

@@ -18,6 +18,7 @@ from common import datasets_decode as decoding
 from common.augment import random_boxes, rng
 from common.datasets_files import Listing
 from common.distributed import beside
+from common.hardware import own_cpus
 
 VIEWS = ("center", "random")
 PREFETCH = 4  # batches each worker keeps ready
@@ -89,7 +90,7 @@ class Stream:
         workers: int | None = None,
         *,
         scale: tuple[float, float] = (0.08, 1.0),
-        gaps: bool = True,
+        gaps: str = "skip",
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (images uint8 [B, C, size, size], labels int64 [B], indices int64 [B]) on the CPU, in the given order.
 
@@ -98,7 +99,8 @@ class Stream:
             neither the number of workers nor the batch size changes a view.
         workers: decoding processes; by default one a core, at most 16, shared among the processes of a training. 0
             decodes in this process.
-        gaps: leave out a batch of which no image can be read; else ValueError, for processes that count steps together.
+        gaps: a batch of which no image can be read is left out ("skip"), comes empty ("keep": steps stay numbered), or
+            is a ValueError ("refuse": for processes that count steps together).
 
         Unreadable images are left out of their batch and named in a warning at the end; ValueError once they are more
         than `bad_share` of the set.
@@ -107,7 +109,7 @@ class Stream:
             raise ValueError(f"unknown view '{view}': allowed are {', '.join(VIEWS)}")
         rows = torch.as_tensor(indices, dtype=torch.int64).cpu()
         if workers is None:
-            workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // beside()))
+            workers = max(1, min(MAX_WORKERS, own_cpus() // beside()))
         views = _Views(self, size, (seed, epoch, scale) if view == "random" else None)
         loader = DataLoader(
             views,
@@ -123,9 +125,9 @@ class Stream:
             bad |= failed
             if len(bad) > self.bad_share * len(self):
                 break
-            if len(chosen):
+            if len(chosen) or gaps == "keep":
                 yield images, self.labels[chosen], chosen
-            elif not gaps:
+            elif gaps == "refuse":
                 raise ValueError(f"no image of this process's part of a batch can be read: {', '.join(failed)}")
         decoding.report_bad(bad, len(self), self.bad_share)
 

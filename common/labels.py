@@ -64,9 +64,9 @@ class Fixed:
 
     @torch.no_grad()
     def __init__(self, teacher: nn.Module, data: Dataset, size: int, dtype: torch.dtype = torch.bfloat16):
-        teacher, said = teacher.eval(), []
-        for pixels in data.center(size).split(100):
-            x = normalise(pixels.to(data.labels.device), data.mean, data.std)
+        teacher, said, device = teacher.eval(), [], next(teacher.parameters()).device
+        for rows in torch.arange(len(data)).split(100):
+            x = normalise(data.center(size, rows).to(device), data.mean, data.std)
             with autocast(x.device, dtype):
                 said.append(teacher(x).half())
         self.kept = torch.cat(said)

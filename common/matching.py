@@ -70,8 +70,14 @@ class Setting:
 
     @functools.cached_property
     def augment(self) -> DiffAugment:
-        strategy = STRATEGY.replace("_flip", "") if self.train.name in NO_FLIP else STRATEGY
-        return DiffAugment(strategy)
+        """What matching and experts see: DSA's strategy."""
+        return self.augmentation(STRATEGY)
+
+    def augmentation(self, strategy: str) -> DiffAugment | None:
+        """A strategy without what changes the class of these images; None where nothing is left."""
+        if self.train.name in NO_FLIP:
+            strategy = "_".join(name for name in strategy.split("_") if name != "flip")
+        return DiffAugment(strategy) if strategy else None
 
     @property
     def flops(self) -> float:
@@ -248,7 +254,8 @@ def students(
 
         found = train_students(
             tested_images(tensors), tensors["labels"], on.test.images, on.test.labels, make_network=on.make_network,
-            protocol=protocol, seeds=seeds, prepare=on.prepare, augment=on.augment if protocol.augment else None,
+            protocol=protocol, seeds=seeds, prepare=on.prepare, augment=on.augmentation(protocol.augment),
+            side_by_side=side_by_side(on.device, on.size),
             lr=float(tensors["lr"]) if "lr" in tensors else None, soft_labels=tensors.get("soft_labels"),
             weights=tensors.get("weights"), device=on.device, dtype=dtype,
             checkpoint=Checkpoint(work / "students.safetensors"), on_epoch=on_epoch, **options,

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import networks_small as small
 from common.networks_small import ConvNet, InstanceNorm
 
-__all__ = ["ConvNet", "InstanceNorm", "count_parameters", "forward_flops", "make", "names"]
+__all__ = ["ConvNet", "InstanceNorm", "forward_flops", "make", "names"]
 
 
 def _vision(name: str, **options) -> nn.Module:
@@ -150,10 +150,6 @@ def make(name: str, *, classes: int, size: int, generator: torch.Generator, chan
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return factory(classes=classes, size=size, channels=channels)
-
-
-def count_parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
 
 
 @functools.cache

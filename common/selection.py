@@ -75,7 +75,7 @@ def trial(work: Path, on: matching.Setting, protocol: Protocol, seed: int) -> Ca
         return train_students(
             on.prepare(own.images[chosen]), own.labels[chosen], own.images[held], own.labels[held], protocol=protocol,
             make_network=on.make_network, seeds=[seed], prepare=on.prepare, device=on.device,
-            augment=on.augment if protocol.augment else None, checkpoint=checkpoint,
+            augment=on.augmentation(protocol.augment), checkpoint=checkpoint,
         ).accuracies[0]  # fmt: skip
 
     return accuracy

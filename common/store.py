@@ -53,9 +53,12 @@ class Entry:
     path: Path
     meta: dict
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Reads the tensors, on the CPU, in the dtypes they were saved with."""
-        return load_file(self.path / TENSORS)
+    def tensors(self, *names: str) -> dict[str, Tensor]:
+        """Reads the tensors, or those of some names, on the CPU, in the dtypes they were saved with."""
+        if not names:
+            return load_file(self.path / TENSORS)
+        with safe_open(self.path / TENSORS, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
 
     def marks(self) -> dict[str, tuple[int, int]]:
         """Size and time of change (ns) of its files: others than before, and the entry has to be checked again."""

@@ -123,7 +123,7 @@ def train_students(
         group = _Group(model, seeds_, protocol, rate)
         epoch, curves = meta.get("epoch", 0), meta.get("curves") or [[] for _ in seeds_]
         if tensors:
-            group.restore(tensors, epoch)
+            group.restore(tensors)
         tensors, meta = {}, {}
         while epoch < protocol.passes:
             group.run_pass(images, target, weights, epoch, augment, teacher, mix)
@@ -302,8 +302,8 @@ class _Group:
         return {n: (v if alone else v[student]).detach().cpu().clone(memory_format=torch.contiguous_format)
                 for n, v in values.items()}  # fmt: skip
 
-    def restore(self, tensors: dict[str, Tensor], epoch: int) -> None:
-        """Continue before pass `epoch`."""
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Continue with what `tensors()` gave."""
         self._renew()
         with torch.no_grad():
             for key, value in tensors.items():

@@ -19,8 +19,8 @@ from common.train import accuracy, fit
 from common.views import Recipe
 
 __all__ = [
-    "CIFAR_TEACHER", "RECIPES", "SQUEEZE", "TINY_TEACHER", "TORCHVISION", "WMDD_TEACHER", "check", "fetched", "restore",
-    "settings", "train", "trained",
+    "CIFAR_TEACHER", "RECIPES", "SQUEEZE", "TINY_TEACHER", "TORCHVISION", "WMDD_TEACHER", "check", "fetched",
+    "resident", "restore", "settings", "train", "trained",
 ]  # fmt: skip
 
 # WMDD, pretrain defaults: SGD 0.025, momentum 0.9, decay 1e-4 on all parameters, batch 32, 50 epochs, cosine to 0.
@@ -103,14 +103,14 @@ def trained(
     """A network after its training, and the history of `fit`; what each of several processes runs."""
     net, history = networks.make(network, classes=len(data.classes), size=size, generator=rng(seed, "teacher")), []
     fit(
-        net, _resident(data, device), recipe, size=size, seed=seed, device=device,
+        net, resident(data, device), recipe, size=size, seed=seed, device=device,
         dtype=resolve_precision(precision, device), checkpoint=checkpoint, history=history,
         description=f"teacher {network}",
     )  # fmt: skip
     return net, history
 
 
-def _resident(data: Dataset | Stream, device: torch.device) -> Dataset | Stream:
+def resident(data: Dataset | Stream, device: torch.device) -> Dataset | Stream:
     """The images on a GPU where they take less than half of its free memory: views are then cut there."""
     if isinstance(data, Stream) or device.type != "cuda" or data.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return data

@@ -88,7 +88,7 @@ def fit(
     model = distributed.parallel(net, device)
     rows = distributed.rows()
     own = slice(None) if isinstance(data, Stream) else rows  # a stream decodes no others
-    labels = data.labels.to(device)
+    labels, weights = data.labels.to(device), None if weights is None else weights.to(device)
     total = recipe.epochs * steps_per_epoch(len(labels), recipe.batch)
     quiet = None if distributed.is_first() else True
     bar = tqdm(total=total, initial=start, desc=description, unit="step", leave=False, disable=quiet)
@@ -110,7 +110,7 @@ def fit(
         elif loss is not None:
             value = loss(logits.float(), soft(view.step, images, y, partner, shown).float(), y, partner)
         else:
-            w = None if weights is None else weights.to(device)[view.indices.to(device)]
+            w = None if weights is None else weights[shown]
             value = kd_loss(logits, soft(view.step, images, y, partner, shown), recipe.temperature, w)
         optimizer.zero_grad(set_to_none=True)
         value = value * distributed.weight(len(y), device)

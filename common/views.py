@@ -6,6 +6,7 @@ batch), so a run resumes bit for bit, and a teacher's labels of a stream of view
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -72,9 +73,15 @@ def learning_rate(recipe: Recipe, epoch: int) -> float:
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8-scaled pixels [B, C, H, W] (0..255, any dtype) -> float32 normalised images, channels_last."""
-    mean_ = torch.tensor(mean, device=pixels.device)[:, None, None]
-    std_ = torch.tensor(std, device=pixels.device)[:, None, None]
+    mean_, std_ = _on(pixels.device, mean), _on(pixels.device, std)
     return ((pixels / 255 - mean_) / std_).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+@torch.inference_mode(False)  # first asked for by a test of a student, they are differentiated through later
+def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    """Constants [C, 1, 1], copied to a device once: every copy makes a GPU wait."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ def views(
         first = start - epoch * per_epoch if epoch == start // per_epoch else 0
         chunks = order.split(recipe.batch)[first:per_epoch]
         for batch, (pixels, indices) in enumerate(_pixels(data, chunks, recipe, size, seed, epoch, first, rows), first):
+            if not len(indices):  # of a stream, none of whose images could be read
+                continue
             g = rng(seed, "mix", epoch, batch)
             permutation = torch.randperm(len(indices), generator=g)
             share = 0.0
@@ -140,7 +149,7 @@ def _pixels(
         order = torch.cat([chunk[rows] for chunk in chunks]) if chunks else torch.empty(0, dtype=torch.long)
         batches = data.batches(
             order, len(range(recipe.batch)[rows]), size, "random", seed, epoch, scale=(recipe.crop, 1.0),
-            gaps=rows == slice(None),
+            gaps="keep" if rows == slice(None) else "refuse",
         )  # fmt: skip
         yield from ((p, i) for p, _, i in batches)
         return

@@ -65,7 +65,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "METHODS", "RUN_FIELDS", "Bank", "Config", "CropFlip", "State", "candidate_windows", "check", "distill",
-    "gradient_gram", "gradient_norm", "published", "score", "select",
+    "gradient_gram", "published", "score", "select",
 ]  # fmt: skip
 
 GREEDY = ("kcenter", "kmeans", "herding", "facility_location", "graphcut", "craig", "glister")
@@ -641,11 +641,6 @@ def gradient_gram(error: Tensor, features: Tensor, unit: bool = False) -> Tensor
     """<g_i, g_j> = <e_i, e_j> (1 + <h_i, h_j>), or their cosines: e [n, K], h [n, D] -> [n, n]."""
     e, h = factors(error, features, unit)
     return _gram(h).mul_(_gram(e))
-
-
-def gradient_norm(error: Tensor, features: Tensor) -> Tensor:
-    """|g| = |e| sqrt(1 + |h|^2): [n]."""
-    return error.norm(dim=1) * (1 + features.square().sum(1)).sqrt()
 
 
 def gradient_distance(error: Tensor, features: Tensor) -> Tensor:

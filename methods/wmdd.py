@@ -240,9 +240,9 @@ class Statistics:
 
 @torch.no_grad()
 def statistics(
-    teacher: nn.Module, batches: Callable[[int], Iterable[Tensor]], classes: int, *, layer: int = 0, precision="fp32"
+    teacher: nn.Module, batches: Callable[[int], Iterable[Tensor]], classes: Iterable[int], *, layer: int = 0
 ) -> Statistics:
-    """Features and per-class BatchNorm statistics in one pass.
+    """Features and BatchNorm statistics of each of some classes in one pass, in fp32.
 
     batches(k) yields normalised images [B, C, H, W] of class k, in the order and chunks (100 officially) that count:
     the variance of a class is the mean of its chunks' variances weighted by their size, as in the released code.
@@ -250,12 +250,11 @@ def statistics(
     teacher = teacher.eval().to(memory_format=torch.channels_last)
     features, labels, means, variances = [], [], [], []
     with probe(teacher, layer, lambda x: group_moments(x, 1)) as (feature, moments):
-        for k in range(classes):
+        for k in classes:
             total, mean, var = 0, 0.0, 0.0
             for images in batches(k):
                 feature.clear(), moments.clear()
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    teacher(images)
+                teacher(images)
                 n = len(images)
                 total += n
                 features.append(feature[0].cpu())
@@ -417,7 +416,8 @@ def barycenters(
         own = torch.Generator().manual_seed(seeds[k])
         return barycenter(stats.of_class(k), config.ipc, own, kind=config.feature, weights=config.weights)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    own_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(own_cpus) as pool:
         atoms, weights = zip(*pool.map(one, range(len(seeds))[classes]), strict=True)
     return torch.stack(atoms), torch.stack(weights).float()
 
@@ -801,7 +801,7 @@ def distill(
     check(config, teacher, labels, size=images.shape[-1])
     if state is None:
         recognises(teacher, seen, labels)
-    stats = statistics(teacher, batches, classes, layer=config.layer)
+    stats = statistics(teacher, batches, range(classes), layer=config.layer)
     atoms, weights = barycenters(stats, config, generator)
     pixels = recover(
         teacher, stats, atoms, weights, config, size=images.shape[-1], mean=mean, std=std, generator=generator,

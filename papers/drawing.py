@@ -47,6 +47,13 @@ def entries(run: Run, planned: Planned, stage: str) -> list:
     return [entry for entry in found if entry is not None]
 
 
+def parts(run: Run, planned: Planned, stage: str) -> list:
+    """Those of all stages of one name behind the first student, blocks of classes, in their order; [] if one lacks."""
+    keys = dict.fromkeys(run.lab.key(s) for s in planned.stages[0].all() if s.name == stage)
+    found = [run.lab.store.get(stage, key) for key in keys]
+    return [] if None in found else found
+
+
 def name_of(folder: str) -> str:
     """What a class is called, by the name of its folder."""
     return WORDS.get(folder, folder)

@@ -36,7 +36,7 @@ __all__ = [
 PREVIEW_PER_CLASS = 10
 CHECKED = 200  # real training images that a teacher must not be near chance on
 PARTS = 16  # stages that the passes of a recovery are dealt out to
-BLOCK = 100  # classes whose barycenters are one stage: seconds
+BLOCK = 100  # classes whose statistics are one stage: minutes of ImageNet-1K; and whose barycenters are: seconds
 SHOWN_CLASSES = 10  # of which the maps behind the images are kept, for the figures
 
 
@@ -63,20 +63,41 @@ def random(lab: Lab, setup: Setup, seed: int) -> Stage:
 # ---------------------------------------------------------------- WMDD
 
 
-def statistics(lab: Lab, setup: Setup, layer: int) -> Stage:
+def statistics(lab: Lab, setup: Setup, layer: int) -> tuple[Stage, ...]:
+    """Features and BatchNorm statistics, a stage for each block of classes."""
     teacher, train = lab.teacher(setup), lab.data(setup.dataset, "train")
-
-    def build(work: Path) -> Product:
-        batches = functools.partial(lab.class_batches, setup)
-        stats = wmdd.statistics(checked(lab, setup, teacher), batches, len(train.classes), layer=layer)
-        return Product(stats.tensors(), {"layer": layer})
-
+    classes = len(train.classes)
     settings = {"layer": layer, "size": setup.size, "shorter": setup.shorter}
     if layer:
-        settings["module"] = _name_in(untrained(setup.network, len(train.classes), setup.size), layer)
-    cost = 4 * len(train) * forward_flops(setup.network, setup.size)  # in fp32
-    what = f"features and BatchNorm statistics, {setup.run_on}"
-    return lab.stage("statistics", settings, (teacher, train.fingerprint), build, cost, what, teacher)
+        settings["module"] = _name_in(untrained(setup.network, classes, setup.size), layer)
+
+    def block(numbers: range) -> Stage:
+        def build(work: Path) -> Product:
+            batches = functools.partial(lab.class_batches, setup)
+            stats = wmdd.statistics(checked(lab, setup, teacher), batches, numbers, layer=layer)
+            return Product(stats.tensors(), {"layer": layer})
+
+        part = {} if len(numbers) == classes else {"classes": [numbers.start, numbers.stop]}
+        images = len(train) * len(numbers) / classes
+        cost = 4 * images * forward_flops(setup.network, setup.size)  # in fp32
+        what = f"features and BatchNorm statistics{_of(numbers, classes)}, {setup.run_on}"
+        return lab.stage("statistics", settings | part, (teacher, train.fingerprint), build, cost, what, teacher)
+
+    return tuple(map(block, _blocks(classes)))
+
+
+def _blocks(classes: int) -> list[range]:
+    return [range(first, min(first + BLOCK, classes)) for first in range(0, classes, BLOCK)]
+
+
+def _of(numbers: range, classes: int) -> str:
+    return "" if len(numbers) == classes else f" of classes {numbers.start} to {numbers.stop - 1}"
+
+
+def _moments(lab: Lab, stats: tuple[Stage, ...]) -> dict[str, Tensor]:
+    """BatchNorm statistics of all classes, [K, channels] each, without the features, which are gigabytes."""
+    found = [lab.entry(stage).tensors("mean", "var") for stage in stats]
+    return {name: torch.cat([t[name] for t in found]) for name in ("mean", "var")}
 
 
 def _name_in(net: torch.nn.Module, layer: int) -> str:
@@ -87,23 +108,22 @@ def _name_in(net: torch.nn.Module, layer: int) -> str:
 
 def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...]:
     """Atoms and weights, a stage for each block of classes."""
-    stats, train = statistics(lab, setup, config.layer), lab.data(setup.dataset, "train")
-    classes = len(train.classes)
+    stats, classes = statistics(lab, setup, config.layer), len(lab.data(setup.dataset, "train").classes)
 
-    def block(first: int) -> Stage:
-        rows = slice(first, min(first + BLOCK, classes))
-
+    def block(numbers: range, own: Stage) -> Stage:
         def build(work: Path) -> Product:
-            real = wmdd.Statistics(**lab.entry(stats).tensors())
+            none = dict.fromkeys(("mean", "var"), torch.empty(classes, 0))  # the features are all that is asked for
+            real = wmdd.Statistics(**lab.entry(own).tensors("features", "labels"), **none)
+            rows = slice(numbers.start, numbers.stop)
             atoms, weights = wmdd.barycenters(real, config, rng(0, "barycenters"), rows)
             return Product({"atoms": atoms, "weights": weights}, {})
 
         settings = {k: getattr(config, k) for k in ("ipc", "feature", "weights")}
-        what = f"barycenters of classes {first} to {rows.stop - 1}, {setup.run_on}, IPC {config.ipc}"
-        settings |= {"classes": [first, rows.stop], "seed": 0}
-        return lab.stage("barycenters", settings, (stats,), build, 0.0, what, stats)
+        settings |= {"classes": [numbers.start, numbers.stop], "seed": 0}
+        what = f"barycenters{_of(numbers, classes)}, {setup.run_on}, IPC {config.ipc}"
+        return lab.stage("barycenters", settings, (own,), build, 0.0, what, own)
 
-    return tuple(block(first) for first in range(0, classes, BLOCK))
+    return tuple(map(block, _blocks(classes), stats))
 
 
 def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
@@ -119,7 +139,8 @@ def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         return torch.cat([t["atoms"] for t in found]), torch.cat([t["weights"] for t in found])
 
     def recover(work: Path, part: slice) -> tuple[Tensor, list]:
-        real = wmdd.Statistics(**lab.entry(stats).tensors())
+        none = {"features": torch.empty(0, 0), "labels": torch.empty(0, dtype=torch.int64)}  # the atoms stand for them
+        real = wmdd.Statistics(**none, **_moments(lab, stats))
         with resumed(work, wmdd.RecoverState.restore, len(rows[part]), config) as (state, on_step, losses):
             images = wmdd.recover(
                 lab.restored(teacher), real, *targets(), config, size=setup.size, mean=train.mean, std=train.std,
@@ -130,7 +151,7 @@ def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     settings = {"method": "wmdd", "config": asdict(config), "size": setup.size, "seed": 0}
     what = f"WMDD, {setup.run_on}, IPC {config.ipc}"
     cost = 3 * len(train.classes) * config.ipc * config.iterations * forward_flops(setup.network, setup.size)
-    inputs = (stats, teacher, *blocks)
+    inputs = (*stats, teacher, *blocks)
     parts, recovered = _in_parts(lab, recover, rows, settings, inputs, cost, what)
 
     def build(work: Path) -> Product:
@@ -141,7 +162,7 @@ def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         return distilled_set(tensors, {"method": "wmdd", "losses": losses}, train)
 
     rest = 0.0 if parts else cost
-    return lab.stage("distill", settings, (*inputs, *parts), build, rest, what, teacher, stats, *blocks, *parts)
+    return lab.stage("distill", settings, (*inputs, *parts), build, rest, what, teacher, *stats, *blocks, *parts)
 
 
 # ---------------------------------------------------------------- long recoveries in parts

@@ -249,13 +249,13 @@ def experts(
 
 def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
     """The students of a cell, each a stage, or the few that a GPU trains side by side; a random subset has one each."""
+    if setup.transfer:
+        each = [students(lab, cell, replace(setup, student_network=n, transfer=()), seeds) for n in setup.transfer]
+        return [_mean(lab, same) for same in zip(*each, strict=True)]
     if cell.algorithm == FULL:
         return [full_data(lab, setup, few) for few in _together(lab, setup, seeds)]
     if cell.algorithm == UNTRAINED:
         return [_untrained(lab, setup, seeds)]
-    if setup.transfer:
-        each = [students(lab, cell, replace(setup, student_network=n, transfer=()), seeds) for n in setup.transfer]
-        return [_mean(lab, same) for same in zip(*each, strict=True)]
     if cell.algorithm == RANDOM:
         return [_students(lab, setup, images(lab, setup, RANDOM, seed), (seed,)) for seed in seeds]
     made = images(lab, setup, cell.algorithm, 0)
@@ -268,13 +268,17 @@ def _together(lab: Lab, setup: MatchingSetup, numbers: Sequence[int]) -> list[Se
     return [numbers[first : first + group] for first in range(0, len(numbers), group)]
 
 
+def tested_on(lab: Lab, setup: MatchingSetup) -> matching.Setting:
+    """The setting with the network of the students."""
+    on = setting_of(lab, setup)
+    return replace(on, network=setup.student_network) if setup.student_network else on
+
+
 def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int]) -> Stage:
     on = setting_of(lab, setup)
     count = setup.distill["ipc"] * len(on.train.classes)
     protocol = setup.trained_by(count, len(on.train))
-    looks = fitted_epochs(protocol.passes) if setup.looks else ()
-    if setup.student_network:
-        on = replace(on, network=setup.student_network)
+    looks, on = fitted_epochs(protocol.passes) if setup.looks else (), tested_on(lab, setup)
     soft = protocol.labels in ("kl", "online")  # what the teacher says, whatever labels the set brings
     needs = (made, lab.teacher(setup.taught_by(on))) if soft else (made,)
 
@@ -336,7 +340,7 @@ def _mean(lab: Lab, each: tuple[Stage, ...]) -> Stage:
 
 def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     """Students on all training images, for the epochs that the scale gives them."""
-    on, protocol = setting_of(lab, setup), setup.on_everything
+    on, protocol = tested_on(lab, setup), setup.on_everything
 
     def build(work: Path) -> Product:
         tensors = {"images": on.prepare(on.train.images), "labels": on.train.labels}
@@ -350,7 +354,7 @@ def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
 
 def _untrained(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     """The networks that students of these seeds begin as, kept as those are; they have no accuracies."""
-    on = setting_of(lab, setup)
+    on = tested_on(lab, setup)
 
     def build(work: Path) -> Product:
         begun = [on.make_network(rng(seed, "student")).state_dict() for seed in seeds]

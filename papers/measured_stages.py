@@ -71,9 +71,7 @@ def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
 
 def networks_of(lab: Lab, setup: MatchingSetup, trained: Stage) -> list[nn.Module]:
     """The students that a stage kept, in the order of their seeds."""
-    on, found = matching_stages.setting_of(lab, setup), []
-    if setup.student_network:
-        on = replace(on, network=setup.student_network)
+    on, found = matching_stages.tested_on(lab, setup), []
     tensors, meta = lab.entry(trained).tensors(), lab.entry(trained).meta
     for place in range(len(meta["seeds"])):
         net = on.make_network(rng(0))
@@ -237,7 +235,8 @@ def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
     settings = {"objective": cell.metric, "per_class": 0 if teacher else per_class}
     cost = (0 if teacher else 5 * per_class * len(on.train.classes)) * on.flops
     needs = (made, *teacher)
-    return lab.stage("objective", settings, needs, build, cost, f"{cell.metric} of {made.what}", *needs)
+    inputs = needs if teacher else (made, on.train.fingerprint)
+    return lab.stage("objective", settings, inputs, build, cost, f"{cell.metric} of {made.what}", *needs)
 
 
 def _trajectory(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
@@ -248,9 +247,7 @@ def _trajectory(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
     own, made = matching_stages.setting_of(lab, setup), matching_stages.images(lab, setup, cell.algorithm, 0)
     plain = replace(setup, distill={**setup.distill, "zca": False})  # one expert for all sets, also whitened ones
     whitened, measure = setup.distill.get("zca", False), dict(setup.measure["trajectory"])
-    on = matching_stages.setting_of(lab, plain)
-    if setup.student_network:
-        on = replace(on, network=setup.student_network)
+    on = matching_stages.tested_on(lab, plain)
     chosen = mtt.ExpertConfig(experts=1, epochs=measure.pop("train_epochs"))
     (expert,) = matching_stages.experts(lab, plain, on, chosen, 0)
 

@@ -161,7 +161,7 @@ class Lab:
         pixels = image_stages.as_bytes(tensors["images"])
         mean, std = tuple(meta["mean"]), tuple(meta["std"])
         data = Dataset(stage.what, pixels, tensors["labels"], tuple(meta["classes"]), mean, std, None, entry.key)
-        return data.to(self.device), tensors.get("weights")
+        return teachers.resident(data, self.device), tensors.get("weights")
 
     def labels(self, setup: Setup, images: Stage) -> Stage:
         """What the teacher says of every view of a stream; boundary labels keep two numbers of it."""

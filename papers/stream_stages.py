@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common import networks
+from common import networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream
 from common.networks import forward_flops
@@ -46,13 +46,13 @@ def seen(lab: Lab, setup: Setup) -> Scored:
 
     def read(rows: Tensor, batch: int, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(train, Stream):
-            view, gaps = ("center", True) if epoch is None else ("random", False)  # steps are counted
+            view, gaps = ("center", "skip") if epoch is None else ("random", "refuse")  # steps are counted
             for images, _, chosen in train.batches(rows, batch, setup.size, view, 0, epoch or 0, gaps=gaps):
                 yield images, chosen
             return
         for part in rows.split(batch):
             if epoch is None:
-                yield train.center(setup.size, part), part
+                yield train.center(setup.size, part, shorter=setup.shorter), part
             else:  # a batch is named by its first image, also in a run that was stopped
                 g = rng(0, "view", epoch, int(part[0]))
                 yield augmented(train.images, sides(train)[part], part, Recipe(), setup.size, g), part
@@ -85,6 +85,8 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
             f"method={config.method!r} compares images with each other, or takes one that cannot be read for good; "
             f"{setup.dataset} is streamed from disk; allowed: {', '.join(RANKS)}"
         )
+    if config.method == "craig":
+        raise ValueError("method='craig' weighs its images, and students at ImageNet scale do not; take another one")
     _checked(config, train)
     on, flops = seen(lab, setup), forward_flops(setup.network, setup.size)
     run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
@@ -98,7 +100,7 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         return Product(bank.tensors(), {})
 
     settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": AUGMENT}
-    settings |= {"looks": looks} | ({"final": True} if final else {})
+    settings |= {"shorter": setup.shorter, "looks": looks} | ({"final": True} if final else {})
     passes = 3.0 * config.trained + (config.trained if looks is None else len(looks))
     what = f"scores of {setup.run_on}, {config.trained} epochs"
     bank = lab.stage("bank", settings, (train.fingerprint,), score, passes * len(train) * flops, what)
@@ -112,7 +114,8 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         tried = {"betas": coresets.BETAS, "accuracies": found["accuracies"].tolist()} if tries else {}
         return _chosen(train, found["indices"], setup, {"method": "coresets", **tried})
 
-    settings = {"method": "coresets", "config": asdict(config), "size": setup.size, "seed": 0}
+    settings = {"method": "coresets", "config": asdict(config), "seed": 0}
+    settings |= {"size": setup.size, "shorter": setup.shorter}
     recipe = Recipe(**large_scale(HARD, config.ipc, len(train.classes)))  # the same set under every label regime
     recipe = replace(recipe, epochs=setup.student.epochs)
     if setup.student.labels == "hard":
@@ -135,8 +138,9 @@ def _trial(
         net = networks.make(setup.network, classes=len(train.classes), size=setup.size, generator=rng(0, "student"))
         number = next(asked)
         net = fit(
-            net, own.to(lab.device), recipe, size=setup.size, seed=0, device=lab.device, dtype=lab.dtype,
-            checkpoint=Checkpoint(work / f"window{number}.safetensors"), description=f"window {number}",
+            net, teachers.resident(own, lab.device), recipe, size=setup.size, seed=0, device=lab.device,
+            dtype=lab.dtype, description=f"window {number}",
+            checkpoint=Checkpoint(work / f"window{number}.safetensors"),
         )  # fmt: skip
         right, seen = 0.0, 0
         for rows in held.split(AT_ONCE):
@@ -162,7 +166,8 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
         return Product(scored(work, on, cad, config, None, 0, steps, every=False), {})
 
     run = {name: value for name, value in asdict(config).items() if name not in SELECTS or name in READS}
-    settings = {"network": setup.network, "size": setup.size, "seed": 0, "run": run, "augment": AUGMENT}
+    settings = {"network": setup.network, "size": setup.size, "shorter": setup.shorter, "seed": 0}
+    settings |= {"run": run, "augment": AUGMENT}
     cost = (3.0 * steps * config.batch + (window + windows - 1) * len(train)) * forward_flops(setup.network, setup.size)
     what = f"compute-matched scores, {setup.run_on}, {steps} steps"
     scores = lab.stage("trajectory", settings, (train.fingerprint,), score, cost, what)
@@ -180,7 +185,7 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
             )  # fmt: skip
         return distilled_set({"images": images, "labels": labels}, {"method": "ca2d"}, train)
 
-    settings = {"method": "cad", "config": asdict(config), "size": setup.size, "seed": 0}
+    settings = {"method": "cad", "config": asdict(config), "size": setup.size, "shorter": setup.shorter, "seed": 0}
     what, needs = f"{'CA2D' if crops else 'CAD-Prune'}, {setup.run_on}, IPC {config.ipc}", (scores, *teacher)
     looked = crops * len(train.classes) * cad.resolved(config, setup.size).pool * config.crops
     cost = looked * forward_flops(setup.network, setup.size)

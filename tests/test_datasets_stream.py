@@ -85,6 +85,20 @@ def test_stream_leaves_out_unreadable_images(tmp_path):
         next(strict.batches(range(6), 2, 32, "left"))
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_steps_keep_their_numbers_where_no_image_of_a_batch_can_be_read(tmp_path):
+    """Also when training is resumed behind such a batch: each image is met once an epoch."""
+    tree(tmp_path)
+    damage(tmp_path / "own" / "train")
+    stream, recipe = load("own", tmp_path, resident_bytes=0, bad_share=0.4), Recipe(epochs=2, batch=1, cutmix=False)
+    whole = {v.step: (v.indices.tolist(), v.pixels) for v in views(stream, recipe, 32, 0)}
+    assert len(whole) == 8 and max(whole) == 11  # four of six images, twice
+    for start in range(12):
+        for view in views(stream, recipe, 32, 0, start):
+            assert view.step >= start and view.indices.tolist() == whole[view.step][0]
+            assert torch.equal(view.pixels, whole[view.step][1])
+
+
 @pytest.mark.parametrize("asked", [{"pad": 4, "crop": 1.0}, {"flip": False}, {"shuffle": 2}])
 def test_a_recipe_that_asks_more_than_a_stream_gives_is_named(pair, asked):
     data, stream = pair

@@ -19,7 +19,7 @@ from torch import nn
 from common import distributed, networks
 from common.augment import rng
 from common.datasets import load
-from common.store import Checkpoint, Store
+from common.store import Checkpoint, Product, Store
 from common.train import fit
 from common.views import Recipe, views
 from papers import runner, teacher
@@ -229,6 +229,18 @@ def test_an_ordinary_run_finds_the_teacher(tmp_path, capfd):
     losses = [[loss for _, loss in e.meta["losses"]] for e in (alone, entry)]
     assert losses[1] == pytest.approx(losses[0], abs=0.1) and lab.restored(ours)
     assert entry.meta["accuracy"] == pytest.approx(alone.meta["accuracy"], abs=3)
+
+
+def test_weights_that_are_fetched_are_not_trained_together(tmp_path, monkeypatch):
+    """The others are not called to a training that does not take place."""
+    args, called = given(tmp_path), []
+    (stage,) = teacher.teacher_stages(teacher.parse(args)).values()
+    fetched = {**stage.settings, "recipe": {**stage.settings["recipe"], "name": "torchvision"}}
+    stage = replace(stage, settings=fetched, build=lambda work: Product({}, {"accuracy": 69.8}))
+    monkeypatch.setattr(teacher, "teacher_stages", lambda _: {"key": stage})
+    monkeypatch.setattr(distributed, "from_first", called.append)
+    teacher.lead(args)
+    assert called == [None]  # no more to do
 
 
 @pytest.mark.slow

@@ -135,6 +135,24 @@ def test_pixels_can_be_attacked_after_a_student_was_tested(zca):
     assert pixels.grad.abs().sum() > 0
 
 
+def test_students_see_the_strategy_of_their_protocol(tmp_path, monkeypatch):
+    """Without what turns one digit into another."""
+    on, seen = matching.setting("digits", None, device=CPU, size=8, network="mlp"), []
+
+    def spy(*arguments, augment, **options):
+        seen.append(augment and augment.operations)
+        return train_students(*arguments, augment=augment, **options)
+
+    train_students = matching.train_students
+    monkeypatch.setattr(matching, "train_students", spy)
+    tensors = matching.random_subset(on, 1, 0)
+    for strategy in ("color_flip_cutout", "", "crop"):
+        protocol = replace(PROTOCOLS["dc-2021"], epochs=1, augment=strategy)
+        matching.students(tmp_path / strategy, on, tensors, protocol, [0])
+    assert seen == [("color", "cutout"), None, ("crop",)]
+    assert on.augmentation("flip") is None and on.augment.operations == ("color", "crop", "cutout", "scale", "rotate")
+
+
 def test_the_preview_has_a_row_a_class_whatever_its_size():
     on = matching.setting("digits", None, device=CPU, size=8, network="mlp")
     labels = torch.cat([torch.full((2 if k == 1 else 3,), k) for k in range(10)])

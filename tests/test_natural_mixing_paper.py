@@ -47,6 +47,19 @@ def run(place):
 # ---------------------------------------------------------------- settings
 
 
+def test_all_real_images_are_learned_by_the_network_of_the_cell(lab):
+    """A student of another network than the sets' is another result, with all images and untrained too."""
+    cell, found = setup("smoke", "figure1/cifar-10/full-data/convnet/all/own")
+    for algorithm in (cell.algorithm, matching_stages.UNTRAINED):
+        asked = replace(cell, algorithm=algorithm)
+        make = lambda planned, asked=asked: matching_stages.students(lab, asked, planned, (0,))  # noqa: E731
+        (own,), (other,) = make(found), make(replace(found, student_network="mlp"))
+        assert lab.key(own) != lab.key(other)
+        assert (own.settings["network"], other.settings["network"]) == (found.network, "mlp")
+        (mean,) = make(replace(found, transfer=("mlp", "lenet")))
+        assert (mean.name, len(mean.needs)) == ("mean", 2)
+
+
 def test_students_train_by_the_released_script():
     for name in ("dc", "dm", "dsa", "random"):
         _, found = setup("paper", f"table1/cifar-10/{name}/mixed/convnet/50/own")

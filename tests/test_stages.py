@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common import networks
+from common.augment import rng
 from common.datasets import info, load
 from common.store import Store
 from common.views import steps_per_epoch
+from methods import wmdd
 from papers import image_stages, setups, stages
 from papers.plan import load_paper
 from papers.stages import Lab
@@ -87,11 +90,36 @@ def test_what_a_student_sees_follows_the_patches_of_its_images():
 def test_features_of_another_layer_have_another_name_in_the_store(lab):
     """Layers are numbered along the main path of a network: the name of the module goes into the key."""
     planned = setup("wmdd", "smoke", "table5/tiny-imagenet/wmdd/layer-10/resnet-18/10/soft")
-    assert image_stages.statistics(lab, planned, 10).settings["module"] == "features.7.path.1"
-    assert "module" not in image_stages.statistics(lab, planned, 0).settings
+    (stage,) = image_stages.statistics(lab, planned, 10)
+    assert stage.settings["module"] == "features.7.path.1"
+    (stage,) = image_stages.statistics(lab, planned, 0)
+    assert "module" not in stage.settings
 
 
 # ---------------------------------------------------------------- streams
+
+
+def test_wmdd_in_blocks_of_classes_is_wmdd_at_once(lab, monkeypatch):
+    """Statistics and barycenters of a block of classes are stages of their own: a kill loses a block."""
+    planned = setup("wmdd", "smoke", "table1/imagenette/wmdd/resnet-18/10/soft")
+    net = networks.make(planned.network, classes=10, size=planned.size, generator=rng("teacher")).eval()
+    monkeypatch.setattr(image_stages, "checked", lambda *_: net)
+    config = wmdd.Config(**{**planned.distill, "precision": "fp32"})
+
+    def made(count: int) -> dict:
+        stats = image_stages.statistics(lab, planned, config.layer)
+        blocks = image_stages.barycenters(lab, planned, config)
+        assert len(stats) == len(blocks) == count
+        found = [lab.entry(stage).tensors() for stage in (*stats, *blocks)]
+        return {name: torch.cat([t[name] for t in found if name in t]) for name in ("features", "labels", "atoms")} | (
+            image_stages._moments(lab, stats)
+        )
+
+    whole = made(1)
+    assert whole["labels"].unique().tolist() == list(range(10)) and whole["mean"].shape[0] == 10
+    monkeypatch.setattr(image_stages, "BLOCK", 4)
+    for name, tensor in made(3).items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.fixture

@@ -205,6 +205,7 @@ def test_what_a_stream_cannot_give_is_named_when_it_is_planned(lab):
         ({"method": "margin"}, "method='margin'.*takes one that cannot be read for good; own is streamed"),
         ({"augment": "dsa"}, "augment='dsa': a scoring run at ImageNet scale sees rrc-flip alone"),
         ({"ipc": 13}, "ipc=13: the largest class has 12 images"),
+        ({"method": "craig"}, "method='craig'"),
     ):
         with pytest.raises(ValueError, match=words):
             lab.images(replace(small, distill={**small.distill, **changes}), "coreset", 0)
@@ -254,6 +255,12 @@ def test_a_set_in_memory_is_chosen_from_as_a_stream_is(memory, name, short):
         assert torch.equal(tensors["labels"], train.labels[tensors["indices"]])
     (top1,) = memory.entry(memory.student(small, made, 0)).meta["accuracies"]
     assert 0 <= top1 <= 100
+
+
+def test_weighted_images_are_refused_where_students_do_not_weigh_them(memory):
+    _, small, _ = cell("regimes-large/imagenette/k-centers/hl/resnet-18/10", method="craig")
+    with pytest.raises(ValueError, match="method='craig' weighs its images, and students at ImageNet scale do not"):
+        memory.images(small, "coreset", 0)
 
 
 def test_a_scoring_run_sees_the_same_crops_of_a_batch_again_and_others_in_the_next_epoch(memory):

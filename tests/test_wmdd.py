@@ -67,7 +67,7 @@ def real():
 def statistics_of(teacher, real, chunk=100, layer=0):
     images, labels = real
     pixels = (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    return wmdd.statistics(teacher, lambda k: pixels[labels == k].split(chunk), 4, layer=layer)
+    return wmdd.statistics(teacher, lambda k: pixels[labels == k].split(chunk), range(4), layer=layer)
 
 
 def clusters(n=60, d=6, seed=0):

@@ -35,7 +35,7 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     """
     cells = [p for p in run.planned if p.cell.table == "table1" and p.cell.algorithm == "wmdd"]
     for planned in sorted(cells, key=lambda p: (p.cell.ipc != 10, -p.cell.ipc, p.cell.dataset != "ImageNet-1K")):
-        made, real = (drawing.entry(run, planned, stage) for stage in ("distill", "statistics"))
+        made, real = drawing.entry(run, planned, "distill"), drawing.parts(run, planned, "statistics")
         if made and real:
             break
     else:
@@ -43,7 +43,9 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     tensors, names, ipc = made.tensors(), made.meta["classes"], planned.cell.ipc
     chosen = torch.linspace(0, len(names) - 1, min(classes, len(names))).long().tolist()
     shown = min(per_class, ipc)
-    pairs = nearest_real(tensors["atoms"][chosen, :shown], chosen, **real.tensors())
+    features = [block.tensors("features", "labels") for block in real]
+    seen = {name: torch.cat([own[name] for own in features]) for name in ("features", "labels")}
+    pairs = nearest_real(tensors["atoms"][chosen, :shown], chosen, **seen)
     figure, axes = drawing.axes_of(0.85 * len(chosen) + 0.4, 1.75 * shown + 0.3, 2 * shown, len(chosen))
     train = run.lab.data(planned.setup.dataset, "train")
     for column, k in enumerate(chosen):
@@ -62,7 +64,7 @@ def figure1(run: Run, per_class: int = 3, classes: int = 10) -> Figure | None:
     return drawing.captioned(figure, text, run)
 
 
-def nearest_real(atoms: Tensor, classes: Sequence[int], *, features: Tensor, labels: Tensor, **_: Tensor) -> Tensor:
+def nearest_real(atoms: Tensor, classes: Sequence[int], *, features: Tensor, labels: Tensor) -> Tensor:
     """Position among the images of its class of the feature nearest to each atom.
 
     atoms [classes, I, D], features [N, D] and their labels [N] class by class -> int64 [classes, I].
