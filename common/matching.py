@@ -232,9 +232,9 @@ def experts(
     return Product({f"expert{e:03d}": trajectory for e, trajectory in zip(numbers, found, strict=True)}, {})
 
 
-def side_by_side(device: torch.device, size: int) -> int:
+def side_by_side(device: torch.device | str, size: int) -> int:
     """Experts or students that train together, stacked: small batches of up to 64 px leave a GPU idle, not a CPU."""
-    return max(1, min(10, 10 * 64**2 // size**2)) if device.type == "cuda" else 1
+    return max(1, min(10, 10 * 64**2 // size**2)) if torch.device(device).type == "cuda" else 1
 
 
 def students(

@@ -49,7 +49,7 @@ def entries(run: Run, planned: Planned, stage: str) -> list:
 
 def parts(run: Run, planned: Planned, stage: str) -> list:
     """Those of all stages of one name behind the first student, blocks of classes, in their order; [] if one lacks."""
-    keys = dict.fromkeys(run.lab.key(s) for s in planned.stages[0].all() if s.name == stage)
+    keys = dict.fromkeys(run.lab.key(s) for top in planned.stages[:1] for s in top.all() if s.name == stage)
     found = [run.lab.store.get(stage, key) for key in keys]
     return [] if None in found else found
 
