@@ -169,6 +169,8 @@ class _Model:
         self.layout = torch.channels_last if fast else torch.contiguous_format
         self.make = lambda seed: self._placed(make_network(rng(seed, "student")))
         self.net = self.make(0)
+        if compile:
+            torch.compiler.reset()  # earlier calls fill a table of eight; a ninth form would run in eager mode
         wrap = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
         self._one = wrap(self._call)
         self._each = wrap(vmap(self._call, randomness="error"))

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from common import matching, teachers
 from common.augment import rng
+from common.hardware import autocast
 from common.protocols import PROTOCOLS, Protocol
 from common.scaling import epochs_for, fitted_epochs
 from common.store import Product
@@ -31,6 +32,7 @@ __all__ = [
     "ALGORITHMS", "MatchingSetup", "experts", "images", "matching_setup", "setting_of", "students", "teacher_logits",
 ]  # fmt: skip
 
+COMPILED_FROM = 8e12  # operations of a student in training
 FULL = "full-data"  # all training images
 UNTRAINED = "untrained"  # none: networks as students begin, a reference for what is measured on them
 RANDOM = "random-subset"  # real images drawn at random, tested by a protocol of the matching papers
@@ -187,9 +189,24 @@ def setting_of(lab: Lab, setup: MatchingSetup) -> matching.Setting:
 
 def _config(lab: Lab, setup: MatchingSetup, algorithm: str):
     chosen = {"precision": "mixed" if lab.precision == "bf16" else "fp32", **setup.distill}
-    if lab.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        chosen["compile"] = False  # nothing there to compile with
+    if lab.device.type == "cpu" and not _compiler():
+        chosen["compile"] = False
     return ALGORITHMS[algorithm].Config(**chosen)
+
+
+def _compiler() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _arithmetic(lab: Lab, flops: float) -> dict[str, Any]:
+    """How a student of this many operations trains: on a CPU that multiplies bf16 in hardware, long ones so, compiled.
+
+    Compiling takes up to a minute and makes each step three times as fast; bf16 alone makes none faster, as the norms
+    of these networks are most of a step.  All others train in fp32, as published.
+    """
+    if lab.device.type == "cpu" and lab.dtype == torch.bfloat16 and flops > COMPILED_FROM and _compiler():
+        return {"dtype": torch.bfloat16, "compile": True}
+    return {"dtype": torch.float32, "compile": False}
 
 
 def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
@@ -281,17 +298,20 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int])
     looks, on = fitted_epochs(protocol.passes) if setup.looks else (), tested_on(lab, setup)
     soft = protocol.labels in ("kl", "online")  # what the teacher says, whatever labels the set brings
     needs = (made, lab.teacher(setup.taught_by(on))) if soft else (made,)
+    views, tests = protocol.passes * count, (1 + len(looks)) * len(on.test)
+    cost = ((4 if protocol.labels == "online" else 3) * views + tests) * on.flops  # of one student
+    arithmetic = _arithmetic(lab, cost)
 
     def build(work: Path) -> Product:
         tensors, teacher = lab.entry(made).tensors(), None
         if soft:
-            teacher = _teacher(lab, setup, on)
+            teacher = _teacher(lab, setup, on, arithmetic["dtype"] if protocol.labels == "online" else torch.float32)
         if soft and protocol.labels != "online":
             tensors["soft_labels"] = torch.cat([teacher(x) for x in matching.tested_images(tensors).split(100)])
             teacher = None
         mix = mixing_stages.mixture(lab, setup, on, tensors) if setup.mix else None
         made_by = matching.students(
-            work, on, tensors, protocol, seeds, mix=mix, teacher=teacher, keep=setup.keeps, looks=looks
+            work, on, tensors, protocol, seeds, mix=mix, teacher=teacher, keep=setup.keeps, looks=looks, **arithmetic
         )
         return replace(made_by, meta={**made_by.meta, "label_bytes": matching.size_of(tensors)["label_bytes"]})
 
@@ -299,11 +319,10 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int])
     settings |= {"mix": dict(setup.mix)} if setup.mix else {}
     settings |= {"kept": True} if setup.keeps else {}
     settings |= {"looks": looks} if looks else {}
-    views, tests = protocol.passes * count, (1 + len(looks)) * len(on.test)
-    cost = len(seeds) * ((4 if protocol.labels == "online" else 3) * views + tests) * on.flops
+    settings |= {"precision": "bf16"} if arithmetic["compile"] else {}
     inputs = (*needs, on.test.fingerprint, *mixing_stages.pool_inputs(lab, setup, on))
     what = f"{_seeds(seeds)} by {protocol.name}{', mixed' if setup.mix else ''}, {made.what}"
-    return lab.stage("students", settings, inputs, build, cost, what, *needs)
+    return lab.stage("students", settings, inputs, build, len(seeds) * cost, what, *needs)
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -316,13 +335,16 @@ def teacher_logits(lab: Lab, setup: MatchingSetup, on: matching.Setting, pixels:
     return torch.cat([teacher(on.prepare(x)).cpu() for x in pixels.split(500)])
 
 
-def _teacher(lab: Lab, setup: MatchingSetup, on: matching.Setting) -> Callable[[Tensor], Tensor]:
+def _teacher(
+    lab: Lab, setup: MatchingSetup, on: matching.Setting, dtype: torch.dtype = torch.float32
+) -> Callable[[Tensor], Tensor]:
     """The teacher on a student's input: back to pixels, and on by the teacher's own normalisation."""
     net, data = lab.restored(lab.teacher(setup.taught_by(on))), lab.data(setup.dataset, "train")
 
     @torch.no_grad()
     def logits(x: Tensor) -> Tensor:
-        return net(normalise(on.pixels(x.to(on.device)) * 255, data.mean, data.std)).float()
+        with autocast(on.device, dtype):
+            return net(normalise(on.pixels(x.to(on.device)) * 255, data.mean, data.std)).float()
 
     return logits
 
@@ -341,15 +363,17 @@ def _mean(lab: Lab, each: tuple[Stage, ...]) -> Stage:
 def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     """Students on all training images, for the epochs that the scale gives them."""
     on, protocol = tested_on(lab, setup), setup.on_everything
+    cost = (3 * protocol.passes * len(on.train) + len(on.test)) * on.flops  # of one student
+    arithmetic = _arithmetic(lab, cost)
 
     def build(work: Path) -> Product:
         tensors = {"images": on.prepare(on.train.images), "labels": on.train.labels}
-        return matching.students(work, on, tensors, protocol, seeds, keep=True)
+        return matching.students(work, on, tensors, protocol, seeds, keep=True, **arithmetic)
 
     settings = {**matching.facts(on, 0), "protocol": protocol.settings(), "seeds": list(seeds), "kept": True}
-    cost = len(seeds) * (3 * (protocol.passes) * len(on.train) + len(on.test)) * on.flops
+    settings |= {"precision": "bf16"} if arithmetic["compile"] else {}
     what = f"{_seeds(seeds)} by {protocol.name}, all of {setup.run_on}, {protocol.epochs} epochs"
-    return lab.stage("students", settings, (on.train.fingerprint, on.test.fingerprint), build, cost, what)
+    return lab.stage("students", settings, (on.train.fingerprint, on.test.fingerprint), build, len(seeds) * cost, what)
 
 
 def _untrained(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
