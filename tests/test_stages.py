@@ -28,6 +28,26 @@ def lab(tmp_path) -> Lab:
     return Lab(Store(tmp_path / "runs"), None, torch.device("cpu"), "fp32")
 
 
+def in_bf16(tmp_path) -> Lab:
+    return Lab(Store(tmp_path / "runs"), None, torch.device("cpu"), "bf16")
+
+
+def of_a_student(lab: Lab, **changes) -> dict:
+    """The settings of the first student of random images at IPC 1, on digits."""
+    cell = next(c for c in load_paper("matching").cells_at("smoke") if c.id == "table1/cifar-10/random/convnet/1/own")
+    planned = setups.setup_of(load_paper("matching").scales["smoke"], cell)
+    (student,) = lab.students(cell, replace(planned, **changes), (0,))
+    return student.settings
+
+
+def test_only_long_students_on_processors_with_bf16_are_compiled(lab, tmp_path, monkeypatch):
+    fast = in_bf16(tmp_path)
+    assert "precision" not in of_a_student(fast)
+    assert of_a_student(fast, times=1e6) == of_a_student(lab, times=1e6) | {"precision": "bf16"}
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert of_a_student(fast, times=1e6) == of_a_student(lab, times=1e6)
+
+
 # ---------------------------------------------------------------- before anything runs
 
 
