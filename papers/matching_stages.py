@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -195,7 +196,9 @@ def _config(lab: Lab, setup: MatchingSetup, algorithm: str):
 
 
 def _compiler() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether there is what PyTorch compiles with on a CPU: a compiler, and the headers of Python."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return headers.exists() and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _arithmetic(lab: Lab, flops: float) -> dict[str, Any]:
