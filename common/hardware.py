@@ -6,8 +6,10 @@ import functools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +17,8 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "autocast", "bf16_is_fast", "commit", "hardware", "made", "own_cpus", "peak_memory", "precision_name", "recorded",
-    "resolve_device", "resolve_precision", "threads_each", "versions",
+    "autocast", "bf16_is_fast", "commit", "compiler", "hardware", "made", "own_cpus", "peak_memory", "precision_name",
+    "recorded", "resolve_device", "resolve_precision", "threads_each", "versions",
 ]  # fmt: skip
 
 PACKAGES = ("torch", "torchvision", "timm", "POT", "numpy", "scikit-learn")
@@ -89,6 +91,12 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(_bf16_instructions())
+
+
+def compiler() -> bool:
+    """Whether there is what PyTorch compiles with on a CPU: a compiler, and the headers of Python."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return headers.exists() and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _bf16_instructions() -> str:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from common import matching, teachers
 from common.augment import rng
-from common.hardware import autocast
+from common.hardware import autocast, compiler
 from common.protocols import PROTOCOLS, Protocol
 from common.scaling import epochs_for, fitted_epochs
 from common.store import Product
@@ -33,7 +30,6 @@ __all__ = [
     "ALGORITHMS", "MatchingSetup", "experts", "images", "matching_setup", "setting_of", "students", "teacher_logits",
 ]  # fmt: skip
 
-COMPILED_FROM = 1.5e12  # operations of a student: IPC 1 at 32 px, tested on 10,000 images
 FULL = "full-data"  # all training images
 UNTRAINED = "untrained"  # none: networks as students begin, a reference for what is measured on them
 RANDOM = "random-subset"  # real images drawn at random, tested by a protocol of the matching papers
@@ -190,26 +186,9 @@ def setting_of(lab: Lab, setup: MatchingSetup) -> matching.Setting:
 
 def _config(lab: Lab, setup: MatchingSetup, algorithm: str):
     chosen = {"precision": "mixed" if lab.precision == "bf16" else "fp32", **setup.distill}
-    if lab.device.type == "cpu" and not _compiler():
+    if lab.device.type == "cpu" and not compiler():
         chosen["compile"] = False
     return ALGORITHMS[algorithm].Config(**chosen)
-
-
-def _compiler() -> bool:
-    """Whether there is what PyTorch compiles with on a CPU: a compiler, and the headers of Python."""
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    return headers.exists() and shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
-def _arithmetic(lab: Lab, flops: float) -> dict[str, Any]:
-    """How a student of this many operations trains: on a CPU that multiplies bf16 in hardware, long ones so, compiled.
-
-    Compiling takes up to a minute, and seconds once its cache is warm; it makes each step three times as fast.  bf16
-    alone makes none faster, as the norms of these networks are most of a step.  All others train in fp32, as published.
-    """
-    if lab.device.type == "cpu" and lab.dtype == torch.bfloat16 and flops > COMPILED_FROM and _compiler():
-        return {"dtype": torch.bfloat16, "compile": True}
-    return {"dtype": torch.float32, "compile": False}
 
 
 def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
@@ -303,7 +282,7 @@ def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int])
     needs = (made, lab.teacher(setup.taught_by(on))) if soft else (made,)
     views, tests = protocol.passes * count, (1 + len(looks)) * len(on.test)
     cost = ((4 if protocol.labels == "online" else 3) * views + tests) * on.flops  # of one student
-    arithmetic = _arithmetic(lab, cost)
+    arithmetic = lab.arithmetic(cost)
 
     def build(work: Path) -> Product:
         tensors, teacher = lab.entry(made).tensors(), None
@@ -367,7 +346,7 @@ def full_data(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     """Students on all training images, for the epochs that the scale gives them."""
     on, protocol = tested_on(lab, setup), setup.on_everything
     cost = (3 * protocol.passes * len(on.train) + len(on.test)) * on.flops  # of one student
-    arithmetic = _arithmetic(lab, cost)
+    arithmetic = lab.arithmetic(cost)
 
     def build(work: Path) -> Product:
         tensors = {"images": on.prepare(on.train.images), "labels": on.train.labels}

@@ -6,10 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from common import matching
 from common.augment import rng
+from common.hardware import precision_name
 from common.protocols import PROTOCOLS
 from common.resume import passes_done, resumable
 from common.selection import Scored, augment_of, scored, trial
@@ -129,14 +131,23 @@ def _named(config: cad.Config) -> dict:
 
 def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: cad.Config) -> Stage:
     kind = cad.augmentation(setup.dataset)
+    looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
+    cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
+    chosen = lab.arithmetic(cost)
+    config = replace(config, precision=precision_name(chosen["dtype"]))
+
+    def make_network(generator: torch.Generator) -> nn.Module:
+        net = on.make_network(generator)
+        if chosen["compile"]:
+            net.compile(dynamic=False)
+        return net
 
     def build(work: Path) -> Product:
-        return Product(scored(work, Scored.of(on), cad, config, augment_of(kind, on, cad), 0, steps), {})
+        seen = replace(Scored.of(on), make_network=make_network)
+        return Product(scored(work, seen, cad, config, augment_of(kind, on, cad), 0, steps), {})
 
     run = {name: value for name, value in _named(config).items() if name not in SELECTS}
     run |= {} if kind == "dsa" else {"augment": kind}  # named only where it is another one, as full_epochs is
-    looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
-    cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
     settings, what = {**matching.facts(on, 0), "run": run}, f"compute-matched scores, {setup.run_on}, {steps} steps"
     return lab.stage("trajectory", settings, (on.train.fingerprint,), build, cost, what)
 
