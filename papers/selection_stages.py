@@ -45,6 +45,19 @@ def _set(on: matching.Setting, tensors: dict[str, Tensor], **meta) -> Product:
     return Product(tensors, {**meta, **matching.size_of(tensors)}, preview)
 
 
+def _seen(on: matching.Setting, compile: bool) -> Scored:
+    """What a scoring run sees; compile: its networks compiled up to the last layer, whose input the run reads."""
+
+    def make_network(generator: torch.Generator) -> nn.Module:
+        net = on.make_network(generator)
+        if compile and hasattr(net, "features"):
+            torch.compiler.reset()  # as in common/students.py
+            net.features.compile(dynamic=False)
+        return net
+
+    return replace(Scored.of(on), make_network=make_network)
+
+
 # ---------------------------------------------------------------- coresets
 
 
@@ -80,14 +93,17 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) ->
 def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets.Config) -> Stage:
     """One scoring run serves every selector that wants a run like it."""
     kind = setup.distill.get("augment", "none")
+    cost = config.trained * 4.0 * len(on.train) * on.flops  # a step, and a look at every image
+    arithmetic = lab.arithmetic(cost)
+    config = replace(config, precision=precision_name(arithmetic["dtype"]))
 
     def build(work: Path) -> Product:
-        bank = scored(work, Scored.of(on), coresets, config, augment_of(kind, on, coresets), 0, config.trained)
+        seen = _seen(on, arithmetic["compile"])
+        bank = scored(work, seen, coresets, config, augment_of(kind, on, coresets), 0, config.trained)
         return Product(bank.tensors(), {})
 
     run = {name: value for name, value in asdict(config).items() if name in coresets.RUN_FIELDS}
     settings = {**matching.facts(on, 0), "run": run, "augment": kind}
-    cost = config.trained * 4.0 * len(on.train) * on.flops  # a step, and a look at every image
     what = f"scores of {setup.run_on}, {config.trained} epochs"
     return lab.stage("bank", settings, (on.train.fingerprint,), build, cost, what)
 
@@ -133,17 +149,11 @@ def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: ca
     kind = cad.augmentation(setup.dataset)
     looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
     cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
-    chosen = lab.arithmetic(cost)
-    config = replace(config, precision=precision_name(chosen["dtype"]))
-
-    def make_network(generator: torch.Generator) -> nn.Module:
-        net = on.make_network(generator)
-        if chosen["compile"]:
-            net.compile(dynamic=False)
-        return net
+    arithmetic = lab.arithmetic(cost)
+    config = replace(config, precision=precision_name(arithmetic["dtype"]))
 
     def build(work: Path) -> Product:
-        seen = replace(Scored.of(on), make_network=make_network)
+        seen = _seen(on, arithmetic["compile"])
         return Product(scored(work, seen, cad, config, augment_of(kind, on, cad), 0, steps), {})
 
     run = {name: value for name, value in _named(config).items() if name not in SELECTS}

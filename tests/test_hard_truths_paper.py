@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from common import matching, scaling
+from common.hardware import compiler
 from common.protocols import PROTOCOLS, large_scale
 from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
-from papers import drawing, matching_stages, report, runner, setups
+from papers import drawing, matching_stages, report, runner, setups, stages
 from papers.hard_truths import figures
 from papers.plan import ROOT, load_paper
 from papers.stages import Lab
@@ -204,6 +205,24 @@ def test_selectors_of_one_run_share_it(lab):
         stage = matching_stages.images(lab, chosen, "coreset", 0)
         banks.add(lab.key(stage.needs[0]))
     assert len(banks) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind", "scores"), [("margin", "coreset", "p_true"), ("cad-prune", "cad", "el2n")])
+def test_compiled_scoring_runs_give_the_scores_of_eager_ones(lab, tmp_path, monkeypatch, name, kind, scores):
+    if not compiler():
+        pytest.skip("compiling needs a C++ compiler and the headers of Python")
+    _, chosen = setup("smoke", f"selectors/cifar-100/{name}/hl/convnet/10/own")
+    fast = Lab(Store(tmp_path / "runs"), None, torch.device("cpu"), "bf16")
+    monkeypatch.setattr(stages, "COMPILED_FROM", 0)
+    found = []
+    for which in (lab, fast):
+        run = matching_stages.images(which, chosen, kind, 0).needs[0]
+        assert run.settings["run"]["precision"] == which.precision
+        found.append(which.entry(run).tensors())
+    (name,) = (n for n in found[0] if n.rpartition(".")[2] == scores)
+    exact, near = (f[name].flatten() for f in found)
+    assert not torch.equal(exact, near) and torch.corrcoef(torch.stack([exact, near]))[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("name", ["random", "craig", "cad-prune"])
