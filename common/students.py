@@ -80,7 +80,8 @@ def train_students(
     dtype: bfloat16 is autocast.
     side_by_side: students stacked together; 0: up to ten on a GPU, one on a CPU, where grouped convolutions are slower.
     Networks that vmap cannot take (running statistics, dropout) train one after the other.  looks: also test after
-    every so many passes, or after those named, and after the last.  compile needs a C++ compiler on a CPU.
+    every so many passes, or after those named, and after the last.  compile: on a CPU it needs a C++ compiler and the
+    headers of Python.
     on_epoch(passes done, of how many) after each pass of each group.  Raises FloatingPointError when a loss is not
     finite.
     """

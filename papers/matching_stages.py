@@ -325,8 +325,9 @@ def _teacher(
 
     @torch.no_grad()
     def logits(x: Tensor) -> Tensor:
+        seen = normalise(on.pixels(x.to(on.device)) * 255, data.mean, data.std)
         with autocast(on.device, dtype):
-            return net(normalise(on.pixels(x.to(on.device)) * 255, data.mean, data.std)).float()
+            return net(seen).float()
 
     return logits
 

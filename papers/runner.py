@@ -367,7 +367,10 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     """Make the stages of one cell and gather its result."""
     chain = {lab.key(s): s for top in p.stages for s in top.all()}
     entries = {key: lab.entry(stage) for key, stage in chain.items()}
-    stages = [{"stage": stage.name, "key": key, **committed.origin(entries[key].meta)} for key, stage in chain.items()]
+    stages = [
+        {"stage": stage.name, "key": key, **arithmetic_of(stage), **committed.origin(entries[key].meta)}
+        for key, stage in chain.items()
+    ]
     spent: dict[str, float] = {}
     for record in stages:
         spent[record["stage"]] = round(spent.get(record["stage"], 0.0) + record["seconds"], 3)
@@ -398,6 +401,12 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
         "command": f"bash run_all.sh paper={args.paper} scale={args.scale} only={p.cell.id}"
         + ("" if args.committed else " committed=false"),
     }  # fmt: skip
+
+
+def arithmetic_of(stage: Stage) -> dict[str, str]:
+    """The precision that a stage's settings, or those of its scoring run, name; students without one are in fp32."""
+    precision = stage.settings.get("precision") or stage.settings.get("run", {}).get("precision")
+    return {"precision": precision} if precision else {}
 
 
 def result_path(cell: Cell, folder: Path) -> Path:

@@ -83,6 +83,7 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) ->
         return _set(on, {**chosen, "indices": rows}, **tried)
 
     settings = {**matching.facts(on, seed), "method": "coresets", "config": asdict(config)}
+    settings["config"] |= {"precision": needs[0].settings["run"]["precision"]} if needs else {}
     settings |= {"protocol": tested.settings()} if tries else {}
     settings |= {"weighted": True} if config.method == "craig" else {}  # its weights are part of the set
     views, held = 3 * tested.passes * ipc * len(on.train.classes), len(on.train) / 10

@@ -20,7 +20,7 @@ from common import networks, teachers
 from common.augment import rng
 from common.datasets import SHORT_SIDE, Dataset, Stream, load
 from common.datasets_table import INFO
-from common.hardware import compiler, precision_name, recorded, resolve_precision
+from common.hardware import bf16_is_fast, commit, compiler, precision_name, recorded, resolve_precision
 from common.labels import Fixed, Keep, Loss, Online, Stored, kd_loss, relabel
 from common.networks import forward_flops
 from common.store import Checkpoint, Entry, Product, Store
@@ -67,6 +67,7 @@ class Lab:
         self.committed = committed  # whether sets that are committed with the tables are read, not distilled
         self.dtype = resolve_precision(precision, device)
         self.precision = precision_name(self.dtype)
+        commit()  # that of the code which is running: a checkout may move on while it runs
         self.failed: dict[str, Exception] = {}  # stages that were tried ahead, by key
         self._checked: dict[str, tuple[Entry, dict]] = {}  # with the marks of its files
 
@@ -77,7 +78,8 @@ class Lab:
         seconds once its cache is warm; it makes each step three times as fast.  bf16 alone makes none faster, as the
         norms of these networks are most of a step.  All others train in fp32, as published.
         """
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and flops > COMPILED_FROM and compiler():
+        low = self.device.type == "cpu" and self.dtype == torch.bfloat16 and bf16_is_fast(self.device)
+        if low and flops > COMPILED_FROM and compiler():
             return {"dtype": torch.bfloat16, "compile": True}
         return {"dtype": torch.float32, "compile": False}
 

@@ -215,6 +215,7 @@ def test_compiled_scoring_runs_give_the_scores_of_eager_ones(lab, tmp_path, monk
     _, chosen = setup("smoke", f"selectors/cifar-100/{name}/hl/convnet/10/own")
     fast = Lab(Store(tmp_path / "runs"), None, torch.device("cpu"), "bf16")
     monkeypatch.setattr(stages, "COMPILED_FROM", 0)
+    monkeypatch.setattr(stages, "bf16_is_fast", lambda _: True)
     found = []
     for which in (lab, fast):
         run = matching_stages.images(which, chosen, kind, 0).needs[0]
