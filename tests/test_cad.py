@@ -713,7 +713,10 @@ def test_the_scoring_run_sees_what_students_of_its_data_set_see(dataset, kind, n
         script_selection.run_cad(arguments, cad)
     assert seen == named
 
-    stages = SimpleNamespace(stage=lambda name, settings, inputs, build, *_: (settings["run"], build))
+    stages = SimpleNamespace(
+        stage=lambda name, settings, inputs, build, *_: (settings["run"], build),
+        arithmetic=lambda flops: {"dtype": torch.float32, "compile": False},
+    )
     setup = SimpleNamespace(dataset=dataset, run_on=dataset)
     monkeypatch.setattr(selection_stages, "scored", lambda *given: distill(augment=given[4]))
     run, build = selection_stages._trajectory(stages, setup, on, replace(PARTS, student_epochs=500))
