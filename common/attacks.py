@@ -178,6 +178,8 @@ def unit_pixels(images: Tensor) -> Tensor:
 def _check_images(images: Tensor, labels: Tensor) -> None:
     if len(images) != len(labels) or not len(images) or images.dim() != 4:
         raise ValueError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)}; needs [B, C, H, W] and [B]")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; pass pixels, uint8 or float in [0, 1]")
     if images.is_floating_point() and not (images.amin() >= 0 and images.amax() <= 1):
         raise ValueError(
             f"images are in [{images.amin():.4g}, {images.amax():.4g}]; pass pixels, uint8 or float in [0, 1]: "

@@ -179,6 +179,10 @@ def similarity(
         u, v = torch.stack(list(a.values())), torch.stack(list(b.values()))  # [La, n * n], [Lb, n * n]
         cross = cross + u @ v.T
         own_a, own_b = own_a + u.square().sum(1), own_b + v.square().sum(1)
+    for own, names in ((own_a, a), (own_b, b)):
+        if not own.isfinite().all():
+            bad = next(name for name, value in zip(names, own, strict=True) if not value.isfinite())
+            raise FloatingPointError(f"layer {bad} gives values that are not finite for these images")
     scale = own_a.clamp(min=FLOOR).sqrt()[:, None] * own_b.clamp(min=FLOOR).sqrt()
     return (cross / scale).cpu(), list(a), list(b)
 

@@ -130,6 +130,9 @@ class Pool:
 
     def check(self, images: Tensor, labels: Tensor, partner: str) -> None:
         """ValueError where the images [M, C, H, W] of a set, labels [M], find no partners here."""
+        if len(labels) != len(images) or labels.is_floating_point() or int(labels.min()) < 0:
+            given = f"{len(labels)} labels of {labels.dtype}, the least of them {labels.min()}"
+            raise ValueError(f"{len(images)} images of the set have {given}; allowed: one class from 0 on for each")
         own, wanted = list(self.images.shape[1:]), list(images.shape[1:])
         if own != wanted:
             raise ValueError(f"real images are {own} (C, H, W) and those of the set {wanted}; they must be the same")

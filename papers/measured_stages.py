@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import statistics as stats
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from common.attacks import robust_accuracy
 from common.augment import rng
 from common.cka import similarity
 from common.corruptions import CORRUPTIONS, PROCEDURAL, STANDARD, corrupt, load_released, released_labels
+from common.hardware import autocast
 from common.scaling import LEAST_EPOCHS, fit_scaling_law, fitted_epochs
 from common.store import Product
 from common.views import normalise
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from papers.matching_stages import MatchingSetup
     from papers.stages import Lab, Stage
 
-__all__ = ["compared", "measured"]
+__all__ = ["details", "measured"]
 
 ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps is 8/255
 OBJECTIVES = ("BN loss", "DM loss")  # how far images are from the training set, without any student
@@ -43,6 +44,7 @@ TRAJECTORY = "TM loss"  # the same of MTT
 LAW = ("b", "tau")  # of the scaling law
 GRID = "paper"  # where they are looked for
 REFERENCE_SEED = 1000  # that of no student, which would start from the same weights
+CLEAN = "sample accuracy"  # of the test images that are corrupted and attacked, as they are
 CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS, "frost accuracy": PROCEDURAL}
 
 
@@ -58,14 +60,15 @@ def measured(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
     if cell.metric == "gain":
         pairs = zip(train(replace(setup, mix={})), train(setup), strict=True)
         return [_gain(lab, *pair) for pair in pairs]
-    if cell.metric in CORRUPTED:
+    if cell.metric in (CLEAN, *CORRUPTED):
         return [_corrupted(lab, setup, trained) for trained in train(setup)]
     if ATTACK.fullmatch(cell.metric):
         return [_attacked(lab, setup, trained, cell.metric) for trained in train(setup)]
     if cell.metric == "CKA":
         reference = matching_stages.full_data(lab, replace(setup, mix={}), (REFERENCE_SEED,))
         return [_similar(lab, setup, trained, reference) for trained in train(setup)]
-    known = ("accuracy", "gain", *CORRUPTED, *OBJECTIVES, TRAJECTORY, *LAW, "fgsm-N accuracy", "pgd-N accuracy", "CKA")
+    attacked = ("fgsm-N accuracy", "pgd-N accuracy")
+    known = ("accuracy", "gain", CLEAN, *CORRUPTED, *OBJECTIVES, TRAJECTORY, *LAW, *attacked, "CKA")
     raise ValueError(f"metric {cell.metric!r} is unknown; allowed: {', '.join(known)}")
 
 
@@ -81,22 +84,40 @@ def networks_of(lab: Lab, setup: MatchingSetup, trained: Stage) -> list[nn.Modul
 
 
 def test_sample(lab: Lab, setup: MatchingSetup) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, labels and places of the test images that are measured on: all, or a fixed random sample."""
+    """Pixels, labels and places of the test images that are measured on: all, or as many at random of each class."""
     on = matching_stages.setting_of(lab, setup)
     return _sample(on, min(setup.measure.get("images") or len(on.test), len(on.test)))
 
 
 @functools.cache
 def _sample(on: matching.Setting, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = torch.randperm(len(on.test), generator=rng(0, "test sample"))[:count].sort().values
-    return on.test.images[rows].cpu(), on.test.labels[rows].cpu(), rows
+    labels = on.test.labels.cpu()
+    order = torch.randperm(len(labels), generator=rng(0, "test sample"))
+    turn = torch.empty_like(order)  # of an image among those of its class
+    for k in labels.unique():
+        own = labels[order] == k
+        turn[own] = torch.arange(int(own.sum()))
+    rows = order[turn.argsort(stable=True)][:count].sort().values
+    return on.test.images[rows].cpu(), labels[rows], rows
 
 
-@torch.no_grad()
-def _accuracy(net: nn.Module, on: matching.Setting, pixels: Tensor, labels: Tensor) -> float:
+def _logits(net: nn.Module, on: matching.Setting, dtype: torch.dtype, compile: bool) -> Callable[[Tensor], Tensor]:
+    """Of pixels, in the arithmetic in which long students train."""
+    layout = torch.channels_last if compile else torch.contiguous_format
+    if compile:
+        torch.compiler.reset()  # as in common/students.py
+        net = torch.compile(net.to(memory_format=layout), dynamic=False)
+
+    def logits(pixels: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(on.device, dtype):
+            return net(on.prepare(pixels).contiguous(memory_format=layout))
+
+    return logits
+
+
+def _accuracy(net: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor) -> float:
     right = sum(
-        int((net(on.prepare(x)).argmax(1).cpu() == y).sum())
-        for x, y in zip(pixels.split(500), labels.split(500), strict=True)
+        int((net(x).argmax(1).cpu() == y).sum()) for x, y in zip(pixels.split(500), labels.split(500), strict=True)
     )
     return 100 * right / len(labels)
 
@@ -135,7 +156,7 @@ def corrupted_images(lab: Lab, setup: MatchingSetup) -> tuple[Stage, ...]:
         return Product({**made, "labels": labels}, {"severities": severities})
 
     def stage(released: bool) -> Stage:
-        settings = {"size": on.size, "images": len(rows), "severities": severities, "released": released}
+        settings = {"size": on.size, "sample": len(rows), "severities": severities, "released": released}
         what = f"corrupted test images, {setup.run_on}"
         return lab.stage("corruptions", settings, (on.test.fingerprint,), read if released else make, 0.0, what)
 
@@ -152,41 +173,54 @@ def _means(table: Tensor, apart: Sequence[str]) -> dict[str, list[float]]:
 
 
 def _corrupted(lab: Lab, setup: MatchingSetup, trained: Stage) -> Stage:
-    """Accuracy [students, corruptions, severities], and its means over the 15 standard and all 19 corruptions.
+    """Accuracy [students, corruptions, severities], its means over the 15 standard and all 19, and that without any.
 
     A procedural frost is not the published one: it is left out of the means, which are then over 14 and 18. With the
     released files the means are of these, and `compared` has those of both kinds of images over the 14 and 18.
     """
     on, made = matching_stages.setting_of(lab, setup), corrupted_images(lab, setup)
-
-    def accuracies(images: dict[str, Tensor]) -> Tensor:
-        return torch.tensor([
-            [[_accuracy(net, on, pixels, images["labels"]) for pixels in images[name]] for name in CORRUPTIONS]
-            for net in networks_of(lab, setup, trained)
-        ])  # [students, 19, severities]
+    pixels, labels, _ = test_sample(lab, setup)
+    cost = (1 + len(made) * len(CORRUPTIONS) * len(_severities(setup))) * len(labels) * on.flops
+    arithmetic = lab.arithmetic(cost)
 
     def build(work: Path) -> Product:
+        networks = [_logits(net, on, **arithmetic) for net in networks_of(lab, setup, trained)]
+
+        def accuracies(images: dict[str, Tensor]) -> Tensor:  # [students, 19, severities]
+            return torch.tensor([
+                [[_accuracy(net, level, images["labels"]) for level in images[name]] for name in CORRUPTIONS]
+                for net in networks
+            ])
+
         tables, apart = [accuracies(lab.entry(stage).tensors()) for stage in made], PROCEDURAL
-        tensors, meta = {"accuracy": tables[0]}, {"seeds": lab.entry(trained).meta["seeds"]}
+        clean = [_accuracy(net, pixels, labels) for net in networks]
+        tensors, meta = {"accuracy": tables[0]}, {CLEAN: clean, "seeds": lab.entry(trained).meta["seeds"]}
+        meta["by_corruption"] = dict(zip(CORRUPTIONS, tables[0].mean(2).T.tolist(), strict=True))
         if len(tables) > 1:
             tensors["generated"], apart = tables[1], ()
             meta["compared"] = {"released": _means(tables[0], PROCEDURAL), "generated": _means(tables[1], PROCEDURAL)}
         return Product(tensors, {**_means(tables[0], apart), "left_out": list(apart), **meta})
 
-    images = len(made) * len(CORRUPTIONS) * len(_severities(setup)) * len(test_sample(lab, setup)[1])
+    settings = {"precision": "bf16"} if arithmetic["compile"] else {}
     inputs, what = (trained, *made), f"{trained.what}, corrupted images"
-    return lab.stage("corrupted", {}, inputs, build, images * on.flops, what, *inputs)
+    return lab.stage("corrupted", settings, inputs, build, cost, what, *inputs)
 
 
-def compared(metas: Sequence[Mapping], metric: str) -> dict:
-    """For a result file: students on released images and on those made here, and how much more they have on the latter.
+def details(metas: Sequence[Mapping], metric: str) -> dict:
+    """For a result file, what a mean is over: accuracies by corruption, similarity by layer, a value a student each.
 
-    Over the same corruptions; nothing where no released files were at hand.
+    compared: students on released images and on those made here, over the same corruptions, and how much more they have
+    on the latter; nothing where no released files were at hand.
     """
-    if not all("compared" in meta for meta in metas):
-        return {}
-    both = {kind: [v for m in metas for v in m["compared"][kind][metric]] for kind in ("released", "generated")}
-    return {"compared": {**both, "difference": stats.fmean(both["generated"]) - stats.fmean(both["released"])}}
+    name = {"corruption-19 accuracy": "by_corruption", "CKA": "by_layer"}.get(metric)
+    found = {}
+    if name and all(name in meta for meta in metas):
+        found[name] = {part: [v for meta in metas for v in meta[name][part]] for part in metas[0][name]}
+    if metric in CORRUPTED and all("compared" in meta for meta in metas):
+        both = {kind: [v for m in metas for v in m["compared"][kind][metric]] for kind in ("released", "generated")}
+        both["difference"] = stats.fmean(both["generated"]) - stats.fmean(both["released"])
+        found["compared"] = both
+    return found
 
 
 def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> Stage:
@@ -206,7 +240,7 @@ def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> St
         ]  # fmt: skip
         return Product({}, {metric: found, "seeds": lab.entry(trained).meta["seeds"]})
 
-    settings = {"attack": attack, "eps255": int(eps), "images": len(rows), **options}
+    settings = {"attack": attack, "eps255": int(eps), "sample": len(rows), **options}
     steps = options.get("steps", 10) * options.get("restarts", 1) if attack == "pgd" else 1
     cost = len(rows) * 3 * steps * on.flops
     return lab.stage("attacked", settings, (trained,), build, cost, f"{trained.what}, {attack} {eps}/255", trained)
@@ -303,10 +337,11 @@ def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -
                 theirs, net, pixels, prepare=on.prepare, device=on.device, batch=min(256, len(pixels))
             )
             matrices.append(matrix)
-        diagonal = [float(m.diagonal().mean()) for m in matrices]
-        meta = {"CKA": diagonal, "layers": list(names), "seeds": lab.entry(trained).meta["seeds"]}
-        return Product({"similarity": torch.stack(matrices)}, meta)
+        found = torch.stack(matrices)  # [students, L, L]
+        own = found.diagonal(dim1=1, dim2=2)
+        meta = {"CKA": own.mean(1).tolist(), "by_layer": dict(zip(names, own.T.tolist(), strict=True))}
+        return Product({"similarity": found}, {**meta, "layers": names, "seeds": lab.entry(trained).meta["seeds"]})
 
     cost = len(rows) * 8.0 * on.flops  # two networks, and three times that for the products of their layers
     inputs, what = (trained, reference), f"layers of {trained.what}"
-    return lab.stage("similarity", {"images": len(rows)}, inputs, build, cost, what, trained, reference)
+    return lab.stage("similarity", {"sample": len(rows)}, inputs, build, cost, what, trained, reference)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["mixture", "pool_inputs"]
 
 FRACTALS = "fractals"
+CHOICES = ("alpha", "share", "partner")  # of `natural_mixing.Config`: all else is the students' protocol
 
 
 @functools.cache
@@ -30,11 +31,16 @@ def _other(lab: Lab, name: str, channels: int):
 def pool_inputs(lab: Lab, setup: MatchingSetup, on: matching.Setting) -> tuple[str, ...]:
     """Fingerprints of the images that are mixed in.
 
-    Before anything runs, FileNotFoundError says what is missing, and ValueError that a set is too large to mix in.
+    Before anything runs, FileNotFoundError says what is missing, and ValueError that a set is too large to mix in, or
+    which choice of `mix` is none.
     """
     if not setup.mix:
         return ()
-    name = setup.mix.get("pool", "")
+    if unknown := [key for key in setup.mix if key not in (*CHOICES, "pool")]:
+        raise ValueError(f"mix.{unknown[0]} is unknown; allowed: {', '.join(CHOICES)}, pool")
+    name, config = setup.mix.get("pool", ""), _config(setup)
+    if name and config.partner != "any":
+        raise ValueError(f"mix.pool={name!r} has no images of the set's classes; allowed: with mix.partner=any")
     if name == FRACTALS:
         return (FRACTALS,)
     channels = on.train.images.shape[1]
@@ -44,12 +50,15 @@ def pool_inputs(lab: Lab, setup: MatchingSetup, on: matching.Setting) -> tuple[s
     return (other.fingerprint,)
 
 
+def _config(setup: MatchingSetup) -> natural_mixing.Config:
+    return natural_mixing.Config(**{key: setup.mix[key] for key in CHOICES if key in setup.mix})
+
+
 def mixture(
     lab: Lab, setup: MatchingSetup, on: matching.Setting, tensors: dict[str, Tensor]
 ) -> Callable[[int, int], Tensor]:
     """(seed of the student, epoch) -> the set mixed with real images, as network input [M, C, H, W]."""
-    options = dict(setup.mix)
-    name, channels, labels = options.pop("pool", ""), on.train.images.shape[1], None
+    name, channels, labels = setup.mix.get("pool", ""), on.train.images.shape[1], None
     if name == FRACTALS:
         pixels = natural_mixing.fractal_pool(1000, on.size, rng(0, "fractals"), channels)
     elif name:
@@ -57,7 +66,7 @@ def mixture(
     else:
         pixels, labels = on.train.images, on.train.labels
     pool = natural_mixing.Pool.of(pixels, labels, on.device, on.prepare)
-    config = natural_mixing.Config(**options)
+    config = _config(setup)
     images, own = matching.tested_images(tensors).to(on.device), tensors["labels"]
     if setup.protocol.labels == "soft" and "soft_labels" in tensors:  # learned with the images; a teacher's are not
         own = tensors["soft_labels"].argmax(1)

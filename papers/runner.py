@@ -392,7 +392,7 @@ def run_cell(p: Planned, lab: Lab, args: Args) -> dict:
     return {
         "cell": p.cell.id, **p.cell.key(), "label_regime": p.cell.label_regime, "values": values, "seeds": seeds,
         "mean": stats.fmean(values), "std": stats.stdev(values) if len(values) > 1 else None,
-        **measured_stages.compared([entries[lab.key(top)].meta for top in p.stages], p.cell.metric),
+        **measured_stages.details([entries[lab.key(top)].meta for top in p.stages], p.cell.metric),
         "best": best, "teacher_accuracy": by_name.get("teacher", {}).get("accuracy"), "run_on": run_on,
         "settings": {**lab.facts(p.setup), "algorithm": p.cell.algorithm, "precision": lab.precision},
         "seconds": spent, "peak_memory_bytes": max(e.meta["peak_memory_bytes"] for e in entries.values()),

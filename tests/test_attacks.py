@@ -339,6 +339,7 @@ def test_transfer_climbs_the_other_network():
         ({"images": 255 * torch.rand(6, *SHAPE)}, "normalisation is prepare's"),
         ({"images": torch.rand(6, *SHAPE) - 0.5}, "normalisation is prepare's"),
         ({"images": torch.full((6, *SHAPE), torch.nan)}, "normalisation is prepare's"),
+        ({"images": torch.full((6, *SHAPE), 200)}, "images are torch.int64; pass pixels, uint8 or float"),
     ],
 )
 def test_what_does_not_fit_pgd(changes, message):

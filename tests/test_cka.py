@@ -254,6 +254,14 @@ def test_dead_layers_and_images_that_are_ready():
     assert torch.equal(similarity(net, dead, INPUT, **options | {"prepare": lambda images: images})[0], matrix)
 
 
+def test_a_layer_that_is_not_finite_is_named():
+    net, broken = make("convnet1-nonorm-w32"), make("convnet1-nonorm-w32")
+    with torch.no_grad():
+        broken.features[0].bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="layer conv1 gives values that are not finite"):
+        similarity(net, broken, IMAGES, prepare=prepare, device="cpu", batch=10)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -97,8 +97,8 @@ def test_gains_say_where_they_are_ours():
 
 
 def test_released_corruptions_are_told_beside_those_made_here():
-    rows = [("robustness", "DM", arm, 1) for arm in ("baseline", "mixed")]
-    rows += [(*row, {"metric": "corruption accuracy"}) for row in rows]
+    arms = [("robustness", "DM", arm, 1) for arm in ("baseline", "mixed")]
+    rows = [(*row, {"metric": metric}) for metric in ("sample accuracy", "corruption accuracy") for row in arms]
     assert "CIFAR-10-C" not in captions(natural_mixing.figure_robustness(results("natural_mixing", "small", *rows)))
     rows[2][-1]["compared"] = {"released": [30.0, 32.0], "generated": [31.0, 34.0], "difference": 1.5}
     rows[3][-1]["compared"] = {"released": [40.0], "generated": [38.0], "difference": -2.0}
@@ -108,8 +108,10 @@ def test_released_corruptions_are_told_beside_those_made_here():
     assert "attacks" not in captions(natural_mixing.figure_robustness(results("natural_mixing", "small", *rows)))
 
 
-def test_robustness_drops_methods_with_clean_images_alone_and_marks_what_was_not_run():
-    rows = [("robustness", method, arm, 1) for method in ("DC", "DM") for arm in ("baseline", "mixed")]
+def test_robustness_drops_sets_with_clean_images_alone_and_marks_what_was_not_run():
+    clean = {"metric": "sample accuracy"}
+    sets = (("DC", 1), ("DM", 1), ("DM", 10))
+    rows = [("robustness", method, arm, ipc, clean) for method, ipc in sets for arm in ("baseline", "mixed")]
     assert natural_mixing.figure_robustness(results("natural_mixing", "small", *rows)) is None
     rows.append(("robustness", "DM", "baseline", 1, {"metric": "pgd-8 accuracy"}))
     figure = natural_mixing.figure_robustness(results("natural_mixing", "small", *rows))

@@ -400,6 +400,16 @@ def test_real_images_or_a_pool_must_be_passed():
         train(IMAGES, LABELS, None, None, Config(), make_network=make, generator=rng(1))
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"), [(LABELS[:1], "1 labels of torch.int64"), (LABELS - 9, "the least of them -9"),
+                          (LABELS.float(), "labels of torch.float32")],
+)  # fmt: skip
+def test_labels_of_an_epoch_that_do_not_fit_are_named(labels, words):
+    pool = Pool.of(REAL, REAL_LABELS, "cpu", prepare)
+    with pytest.raises(ValueError, match=f"10 images of the set have .*{words}"):
+        mixed_epoch(IMAGES, labels, pool, Config(), rng(0))
+
+
 def test_a_missing_class_in_the_middle_is_named():
     pool = Pool.of(REAL, torch.where(REAL_LABELS == 1, 0, REAL_LABELS), "cpu", prepare)
     with pytest.raises(ValueError, match="class 1 of the set"):

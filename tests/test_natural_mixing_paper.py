@@ -1,6 +1,7 @@
 """The paper on natural mixing as a user meets it: settings of its cells, shared sets, and a part of the smoke run."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 
 from common import corruptions, matching
 from common.datasets import load
+from common.hardware import compiler
 from common.protocols import PROTOCOLS
 from common.store import Store
 from papers import matching_stages, measured_stages, mixing_stages, runner, setups
@@ -179,9 +181,9 @@ def test_options_of_an_attack_are_used_and_named_only_where_they_are_given(lab, 
         measured_stages.measured(lab, replace(cell, metric=metric), found, (0,))[0]
         for metric, found in ((cell.metric, chosen), (cell.metric, harder), ("fgsm-8 accuracy", harder))
     )
-    assert plain.settings == {"attack": "pgd", "eps255": 8, "images": 100}
+    assert plain.settings == {"attack": "pgd", "eps255": 8, "sample": 100}
     assert given.settings == {**plain.settings, **options} and given.flops == 10 * plain.flops
-    assert fgsm.settings == {"attack": "fgsm", "eps255": 8, "images": 100} and plain.inputs == given.inputs
+    assert fgsm.settings == {"attack": "fgsm", "eps255": 8, "sample": 100} and plain.inputs == given.inputs
     monkeypatch.setattr(lab, "entry", lambda _: SimpleNamespace(meta={"seeds": [0]}))
     for stage in (plain, given, fgsm):
         stage.build(Path("nowhere"))
@@ -200,7 +202,7 @@ def test_harder_attacks_are_planned_as_published():
 def test_released_corruptions_are_compared_with_those_made_here(tmp_path, monkeypatch):
     """A released set of ten images, each as clean as the test images, beside an image tree of ten classes."""
     tree(tmp_path, "cifar10", tuple("0123456789"), ((32, 32),), 1)
-    cell, chosen = setup("small", "robustness/cifar-10/random/baseline/convnet/1/own")
+    cell, chosen = setup("small", "robustness/cifar-10/random/baseline/convnet/1/own/sample-accuracy")
     cell, protocol = replace(cell, metric="corruption accuracy"), replace(chosen.protocol, epochs=20)
     chosen = replace(chosen, network="mlp", measure={"severities": [5]}, protocol=protocol)
 
@@ -211,7 +213,7 @@ def test_released_corruptions_are_compared_with_those_made_here(tmp_path, monkey
 
     lab, alone, made = measured()
     (generated,) = lab.entry(alone).meta[cell.metric]
-    assert not measured_stages.compared([lab.entry(alone).meta], cell.metric)
+    assert not measured_stages.details([lab.entry(alone).meta], cell.metric)
     clean = matching_stages.setting_of(lab, chosen).test.images.permute(0, 2, 3, 1).numpy()
     monkeypatch.setattr(corruptions, "COUNT", 10)
     (tmp_path / "CIFAR-10-C").mkdir()
@@ -223,15 +225,58 @@ def test_released_corruptions_are_compared_with_those_made_here(tmp_path, monkey
     assert lab.key(both[1]) == lab.key(made[0]) and lab.key(beside) != lab.key(alone)
     on, meta = matching_stages.setting_of(lab, chosen), lab.entry(beside).meta
     (net,) = measured_stages.networks_of(lab, chosen, beside.needs[0])
-    right = measured_stages._accuracy(net, on, on.test.images, on.test.labels)
-    found = measured_stages.compared([meta], cell.metric)["compared"]
+    logits = measured_stages._logits(net, on, torch.float32, compile=False)
+    right = measured_stages._accuracy(logits, on.test.images, on.test.labels)
+    found = measured_stages.details([meta], cell.metric)["compared"]
     assert meta[cell.metric] == found["released"] == [pytest.approx(right)] and meta["left_out"] == []
     assert found["generated"] == [generated] and found["difference"] == generated - found["released"][0] != 0
+    by_corruption = measured_stages.details([meta], "corruption-19 accuracy")["by_corruption"]
+    assert meta["sample accuracy"] == [right] and by_corruption == {name: [right] for name in corruptions.CORRUPTIONS}
+
+
+@pytest.mark.parametrize("count", [7, 20, 100])
+def test_a_sample_of_the_test_images_has_as_many_of_each_class(count):
+    labels = torch.arange(10).repeat_interleave(10)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    on = SimpleNamespace(test=SimpleNamespace(images=torch.arange(100)[:, None], labels=labels))
+    images, found, rows = measured_stages._sample.__wrapped__(on, count)
+    sizes = found.bincount(minlength=10)
+    assert sizes.sum() == count and sizes.max() - sizes.min() <= 1
+    assert torch.equal(images[:, 0], rows) and torch.equal(found, labels[rows]) and len(rows.unique()) == count
+
+
+@pytest.mark.filterwarnings("ignore:.*half-unpacked")
+def test_corrupted_images_are_seen_compiled_in_bf16_where_students_are(tmp_path, monkeypatch):
+    """The same accuracies to a few images, under another key that names the precision."""
+    tree(tmp_path, "cifar10", tuple("0123456789"), ((32, 32),), 2)
+    cell, chosen = setup("small", "robustness/cifar-10/random/baseline/convnet/1/own/sample-accuracy")
+    cell, protocol = replace(cell, metric="corruption accuracy"), replace(chosen.protocol, epochs=20)
+    chosen = replace(chosen, network="convnet1", measure={"severities": [3]}, protocol=protocol)
+    lab = Lab(Store(tmp_path / "runs"), str(tmp_path), torch.device("cpu"), "fp32")
+    (plain,) = measured_stages.measured(lab, cell, chosen, (0,))
+    expected = lab.entry(plain).tensors()["accuracy"]
+    fast = {"dtype": torch.bfloat16, "compile": compiler()}
+    monkeypatch.setattr(Lab, "arithmetic", lambda self, flops: fast)
+    again = measured_stages._corrupted(lab, chosen, plain.needs[0])
+    found = lab.entry(again).tensors()["accuracy"]
+    assert (found - expected).abs().mean() < 5  # 20 images: one is 5 points
+    assert again.settings == ({"precision": "bf16"} if compiler() else {})
+
+
+def test_a_mixture_is_checked_before_anything_runs(lab):
+    _, chosen = setup("smoke", "table1/cifar-10/dm/mixed/convnet/1/own")
+    on = matching_stages.setting_of(lab, chosen)
+    for mix, words in (
+        ({"alpha": "epoch", "epochs": 3}, "mix.epochs is unknown; allowed: alpha, share, partner, pool"),
+        ({"alpha": "often"}, "alpha='often' is unknown"),
+        ({"pool": "fractals"}, "mix.pool='fractals' has no images of the set's classes; allowed: with mix.partner=any"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            mixing_stages.pool_inputs(lab, replace(chosen, mix=mix), on)
 
 
 def test_an_unknown_metric_is_named(lab):
     cell, chosen = setup("smoke", "table1/cifar-10/dm/gain/convnet/1/own/gain")
-    with pytest.raises(ValueError, match="'speed' is unknown; allowed: accuracy, gain, corruption accuracy"):
+    with pytest.raises(ValueError, match="'speed' is unknown; allowed: accuracy, gain, sample accuracy"):
         measured_stages.measured(lab, replace(cell, metric="speed"), chosen, (0,))
 
 
@@ -257,11 +302,12 @@ def test_the_gain_is_a_difference_for_each_student(run):
 @pytest.mark.slow
 def test_robustness_has_every_metric_and_attacks_hurt(run):
     found = {(r["setting"], r["metric"]): r["mean"] for r in results(run, "robustness")}
-    metrics = ["accuracy", "corruption accuracy", "corruption-19 accuracy", "frost accuracy"]
+    metrics = ["sample accuracy", "corruption accuracy", "corruption-19 accuracy", "frost accuracy"]
     metrics += [f"{attack}-{step} accuracy" for attack in ("fgsm", "pgd") for step in (1, 8)]
     assert set(found) == {(arm, metric) for arm in ("baseline", "mixed") for metric in metrics}
     for arm in ("baseline", "mixed"):
-        assert found[arm, "corruption accuracy"] < found[arm, "accuracy"]
+        assert found[arm, "corruption accuracy"] < found[arm, "sample accuracy"]
+        assert found[arm, "fgsm-1 accuracy"] <= found[arm, "sample accuracy"]
         assert found[arm, "pgd-8 accuracy"] <= found[arm, "fgsm-8 accuracy"] + 1
         assert found[arm, "fgsm-8 accuracy"] <= found[arm, "fgsm-1 accuracy"]
 

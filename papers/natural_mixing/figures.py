@@ -30,7 +30,7 @@ SHOWN = {"Random real (ours)": "random real"}
 ARMS = {"baseline": "set alone", "mixed": "mixed with real images"}
 REFERENCES = {"Full data": "other networks of all images", "Untrained": "untrained networks"}  # of similarity
 METRICS = {
-    "accuracy": "clean", "corruption accuracy": "corrupted", "fgsm-1 accuracy": "FGSM 1/255",
+    "sample accuracy": "clean", "corruption accuracy": "corrupted", "fgsm-1 accuracy": "FGSM 1/255",
     "pgd-1 accuracy": "PGD 1/255", "fgsm-8 accuracy": "FGSM 8/255", "pgd-8 accuracy": "PGD 8/255",
 }  # fmt: skip
 COLOURS = sns.color_palette("colorblind")
@@ -86,7 +86,8 @@ def figure2(run: Run) -> Figure | None:
     for ax in axes.flat[len(shown) :]:
         ax.axis("off")
     for ax, (matrix, name) in zip(axes.flat, shown, strict=False):
-        low, high, colours = (-0.5, 0.5, "vlag") if name == "difference" else (0, 1, "magma")
+        most = max(float(matrix.abs().max()), 0.01)
+        low, high, colours = (-most, most, "vlag") if name == "difference" else (0, 1, "magma")
         sns.heatmap(
             matrix.numpy(), vmin=low, vmax=high, cmap=colours, ax=ax, square=True,
             xticklabels=layers, yticklabels=layers if ax in axes[:, 0] else False, cbar_kws={"label": "CKA (no unit)"},
@@ -96,8 +97,9 @@ def figure2(run: Run) -> Figure | None:
         ax.set(ylabel="layer, all images" if ax in axes[:, 0] else "")
         ax.tick_params(labelsize=6)
     text = (
-        "Linear CKA (unbiased, minibatches of test images) between the layers of a network trained on all images and"
-        f" of students of {chosen[0]}'s images at IPC {chosen[1]}, mean of the students."
+        "Linear CKA (unbiased, minibatches of test images) between the layers of a network trained on all images"
+        f" ({run.paper.scales[run.args.scale]['measure']['full']['epochs']} epochs) and of students of {chosen[0]}'s"
+        f" images at IPC {chosen[1]}, mean of the students."
     )
     if references:
         text += f" Below, for scale: {drawing.listed(REFERENCES[p.cell.method] for p in references)}."
@@ -174,15 +176,15 @@ def figure_controls(run: Run) -> Figure | None:
 def figure_robustness(run: Run) -> Figure | None:
     """Clean, corrupted and attacked accuracy, without and with mixing, one panel a method at its largest IPC.
 
-    Methods whose students met clean images alone are left out.
+    Sets whose students met clean images alone are left out.
     """
     data = drawing.values(run, "robustness")
     if data is None:
         return None
     data = data[data["metric"].isin(METRICS) & data["setting"].isin(ARMS)]
     data = data.assign(arm=data["setting"].map(ARMS), kind=data["metric"].map(METRICS))
+    data = data[data.groupby(["method", "ipc"])["metric"].transform("nunique") > 1]
     data = data[data["ipc"] == data.groupby("method")["ipc"].transform("max")]
-    data = data[data.groupby("method")["metric"].transform("nunique") > 1]
     if not len(data):
         return None
     methods = list(dict.fromkeys(data["method"]))
@@ -220,18 +222,18 @@ def _compared(run: Run, data: pd.DataFrame) -> str:
 
 def _tests(run: Run, metrics: set[str]) -> str:
     """What the test images of some metrics are, for the caption."""
-    words = ["on clean test images"] if "accuracy" in metrics else []
+    words = ["on clean test images"] if "sample accuracy" in metrics else []
     if "corruption accuracy" in metrics:
         severities = run.paper.scales[run.args.scale]["measure"].get("severities", range(1, 6))
         words.append(
             f"under the standard corruptions (mean over severities {', '.join(map(str, severities))}; without frost"
             " where its textures are procedural)"
         )
-    if attacks := metrics - {"accuracy", "corruption accuracy"}:
+    if attacks := metrics - {"sample accuracy", "corruption accuracy"}:
         pgd = any(metric.startswith("pgd") for metric in attacks)
         words.append("under attacks of the given size in pixels" + pgd * " (PGD: 10 steps of a quarter, random start)")
     few = run.paper.scales[run.args.scale].get("measure", {}).get("images")
-    sample = f" Corrupted and attacked are {few:,} of the test images, clean ones are all." if few else ""
+    sample = f" All are measured on the same {few:,} test images, as many of each class." if few else ""
     return f"Students of the same sets {drawing.listed(words)}.{sample}"
 
 
