@@ -7,7 +7,7 @@ block under `if __name__ == "__main__"` of every method file calls.  Finished st
 from __future__ import annotations
 
 import statistics as stats
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from common.datasets import Dataset, Stream, info, load
 from common.datasets_table import NORMALISATION
 from common.distilled import DistilledSet, grid
 from common.hardware import bf16_is_fast, hardware, precision_name, recorded, resolve_device, resolve_precision
-from common.labels import Online
+from common.labels import Loss, Online, kd_loss
 from common.protocols import PROTOCOLS, Protocol
 from common.resume import passes_done, resumable
 from common.store import Checkpoint, Entry, Product, Store, write_atomic
@@ -255,6 +255,8 @@ def run_with_teacher(
     factor: Callable[[Any, int], int] = lambda *_: 1,
     student: Callable[[str, int, str, int, int], Mapping] = lambda *_: {},
     kept: str = "",
+    transfer: Callable | None = None,
+    students_read: Sequence[str] = (),
 ) -> None:
     """Parse, train or read the teacher, distil (resumable), save, train one student and print its accuracy.
 
@@ -265,7 +267,8 @@ def run_with_teacher(
     is refused then too.  small: the network below 128 px, ResNet-18 else.  recipes: the teacher's by data set, WMDD's
     for others.  factor: (config, size) -> patches along a side of an image.  student: (dataset, classes, network,
     factor, ipc) -> the method's own fields of the recipe.  kept: what the set is called, where a file has several
-    methods.
+    methods.  transfer: (config.labels, config, temperature, kd_loss) -> what is kept of the teacher's logits, and the
+    student's loss.  students_read: fields of config that the set does not depend on.
     """
     args, config, device = parse(argv, name, WithTeacher, config_class, published)
     dtype = resolve_precision(args.precision, device)
@@ -285,7 +288,10 @@ def run_with_teacher(
     recipe = replace(recipe, epochs=args.teacher_epochs)
     own = student(args.dataset, len(train.classes), args.network, factor(config, size), args.ipc)
     batch = min(100, max(10, args.ipc * len(train.classes)))
+    labels = config.labels if transfer else "soft"
+    own |= {"labels": "hard", "cutmix": False} if labels == "hard" else {}
     taught = Recipe(**{"batch": batch, **own, "epochs": args.student_epochs})
+    kept_of, loss = transfer(labels, config, taught.temperature, kd_loss) if transfer else (None, None)
     entry = store.make(
         "teacher",
         teachers.settings(args.dataset, args.network, size, recipe, args.seed, precision_name(dtype)),
@@ -307,9 +313,10 @@ def run_with_teacher(
         teachers.check(teacher, seen, train.labels[rows], train.classes)
     if native:
         views, distill = train.images, partial(distill, size=size, sizes=train.sizes)
+    own = {k: v for k, v in asdict(config).items() if k not in students_read}
     made = store.make(
         name,
-        {"config": asdict(config), "size": size, "seed": args.seed},
+        {"config": own, "size": size, "seed": args.seed},
         (entry.key, train.fingerprint),
         recorded(
             lambda work: _distilled(
@@ -326,14 +333,19 @@ def run_with_teacher(
         settings=facts,
     )  # fmt: skip
     keep(result, args, name)
+    facts = {"network": args.network, "recipe": asdict(taught), "seed": args.seed, "precision": precision_name(dtype)}
+    if loss:
+        facts |= {k: v for k, v in asdict(config).items() if k in students_read}
+    by = {"soft": Online(teacher, dtype, kept_of) if labels != "hard" else None, "loss": loss}
     tested = store.make(
         "student",
-        {"network": args.network, "recipe": asdict(taught), "seed": args.seed, "precision": precision_name(dtype)},
+        facts,
         (made.key, entry.key, test.fingerprint),
-        recorded(lambda work: _student(work, result, teacher, args, taught, test_views, test, device, dtype), device),
+        recorded(lambda work: _student(work, result, args, taught, test_views, test, device, dtype, **by), device),
     )
     top1 = tested.meta["accuracy"]
-    print(f"student: {top1:.2f} % on {len(test)} test images (last epoch, soft labels of the teacher)")
+    said = "labels of the classes" if labels == "hard" else f"{labels} labels of the teacher"
+    print(f"student: {top1:.2f} % on {len(test)} test images (last epoch, {said})")
 
 
 def native_size(name: str, data: Dataset) -> int:
@@ -357,17 +369,18 @@ def _distilled(
 
 
 def _student(
-    work: Path, distilled: DistilledSet, teacher, args, recipe: Recipe, test_views: Tensor, test: Dataset,
-    device: torch.device, dtype: torch.dtype,
+    work: Path, distilled: DistilledSet, args, recipe: Recipe, test_views: Tensor, test: Dataset,
+    device: torch.device, dtype: torch.dtype, *, soft: Online | None, loss: Loss | None,
 ) -> Product:  # fmt: skip
-    """One student, resumable, trained on the set with the teacher's labels, recomputed at each step."""
+    """One student, resumable, trained on the set: with the teacher's labels, asked at each step, or its classes."""
     size = distilled.images.shape[-1]
     data = Dataset(
         "distilled", distilled.uint8(), distilled.labels, distilled.classes, distilled.mean, distilled.std, None, ""
     ).to(device)
     net = networks.make(args.network, classes=len(distilled.classes), size=size, generator=rng(args.seed, "student"))
     net = fit(
-        net, data, recipe, size=size, seed=args.seed, device=device, dtype=dtype, soft=Online(teacher, dtype),
-        weights=distilled.weights, checkpoint=Checkpoint(work / "state.safetensors"), description="student",
+        net, data, recipe, size=size, seed=args.seed, device=device, dtype=dtype, soft=soft, loss=loss,
+        weights=distilled.weights if soft else None, checkpoint=Checkpoint(work / "state.safetensors"),
+        description="student",
     )  # fmt: skip
     return Product({}, {"accuracy": accuracy(net, test_views, test.labels, data, device=device, dtype=dtype)})

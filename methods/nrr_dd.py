@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,19 +54,27 @@ class Config:
 
     ipc: int = _option(10, "synthetic images per class", unit="images", minimum=1)
     pool: int = _option(300, "real images looked at per class; RDED's, so that only the rule differs", minimum=1)
-    crops: int = _option(5, "random crops of each; RDED's, as their law: a square, 8 to 100 % of the area", minimum=1)
+    crops: int = _option(5, "random crops of each, squares; RDED's", minimum=1)
+    crop_area: float = _option(0.08, "least share of the area in a crop; RDED's", minimum=0)
     kept: int = _option(1, "crops kept of each, t in Alg. 1; RDED's", minimum=1)
     cam_score: str = _option("mean", "class activation of a crop; Fig. 2 speaks of a ratio; mass favours large crops, "
                              "max has many ties", "mean", "max", "mass")
     confidence: str = _option("max", "CIDD keeps the low end of: the highest probability (text, Fig. 2), the true "
                               "class's, or the cross-entropy (Alg. 1 to the letter)", "max", "true", "ce_low")
     patches: int = _option(0, "patches in an image, beta; 0: as RDED 1 below 128 px, 4 from there", minimum=0)
+    cam_relu: bool = _option(False, "cut class activations at 0 before they are scaled to [0, 1], as Grad-CAM does; "
+                             "Eq. 4 has no such cut")
+    cam_resize: str = _option("bilinear", "from the map to the image; smooth edges of the mask", "bilinear", "bicubic",
+                              "nearest")
+    mask_every: int = _option(0, "steps after which the mask is made anew; 0: never, as Alg. 1 has no CAM in its loop, "
+                              "and a new one lets what is protected drift", unit="steps", minimum=0)
     epsilon: float = _option(0.5, "in Eq. 4; C is scaled to [0, 1] and M to M/epsilon, so that it fits any teacher")
     mask_steps: str = _option("adam", "what M multiplies: the final step, or the gradient, out of which Adam divides "
                               "a fixed factor", "adam", "gradient")
     optimizer: str = _option("adam", "as in SRe2L; sgd is Eq. 5 to the letter", "adam", "sgd")
-    lr: float = _option(0.05, "eta in normalised pixels, cosine to 0; EDC's value for a start at real images",
-                        minimum=0)
+    lr: float = _option(0.05, "eta in normalised pixels; EDC's value for a start at real images", minimum=0)
+    schedule: str = _option("cosine", "of lr, to 0 over the iterations of a batch; EDC's and SRe2L's", "cosine",
+                            "constant")
     iterations: int = _option(1000, "steps of each batch, I in Alg. 1; EDC's at ImageNet-1K", unit="steps", minimum=1)
     bn_weight: float = _option(0.01, "alpha_bn in Eq. 2; SRe2L's and CDA's", minimum=0)
     first_bn_multiplier: float = _option(1.0, "extra weight of the first BatchNorm layer; Eq. 3 has none", minimum=0)
@@ -77,9 +86,15 @@ class Config:
                           minimum=-1)
     mix: str = _option("cutmix", "A in Eq. 6 while refining; students mix by their own recipe, RDED's cutmix", "cutmix",
                        "mixup")
+    partner_gradient: bool = _option(False, "move the partner's pixels of a mixed image too; Alg. 1 updates the image "
+                                     "itself alone")
     label_refinement: float = _option(0.0, "alpha_lr in Eq. 11; 1 is DBR+LR, whose weight is not stated", minimum=0)
     threshold: float = _option(math.log(2), "r in Eqs 9 and 12; ln 2 is the least that two labels can meet together, "
                                "as 2 exp(-r) <= 1", minimum=0)
+    distance_temperature: float = _option(1.0, "of the softmax in d, Eqs 8 and 10, which have none")
+    labels: str = _option("soft", "what students learn from: the teacher's probabilities (SL), its two highest (CL), "
+                          "distances to two classes (boundary, DBR), or the classes (hard, OH)", "soft", "hard",
+                          "compact", "boundary")
     boundary_weight: float = _option(2.0, "alpha_dbr in Eq. 9; at 1 the loss is flat between r and the teacher's "
                                      "distance, below 1 the teacher is ignored", minimum=0)
     precision: str = _option("fp32", "arithmetic of the convolutions", "bf16", "fp32")
@@ -97,6 +112,10 @@ class Config:
             raise ValueError(f"kept={self.kept} is more than crops={self.crops}; allowed: 1 to {self.crops}")
         if math.isqrt(self.patches) ** 2 != self.patches:
             raise ValueError(f"patches={self.patches} do not fill a square; allowed: 0 (by size), 1, 4, 9, 16, ...")
+        if not 0 < self.crop_area <= 1:
+            raise ValueError(f"crop_area={self.crop_area} is no share; allowed: above 0, at most 1")
+        if not self.distance_temperature > 0:
+            raise ValueError(f"distance_temperature={self.distance_temperature}; allowed: above 0")
         if not self.epsilon > 0:
             raise ValueError(f"epsilon={self.epsilon} leaves no mask; allowed: above 0")
         if self.least_area > 1 or -1 < self.least_area < 0:
@@ -112,6 +131,8 @@ class Config:
         least = (None if small else 0.5) if self.least_area < 0 else self.least_area or None
         return least, (0, (4 if small else 0) if self.jitter < 0 else self.jitter)
 
+
+TRANSFER = ("labels", "boundary_weight")  # what students alone read
 
 # By (dataset, ipc or None for every ipc): what depends on the data; patches from RDED, bn_weight from SRe2L and CDA.
 # The classes of the embedded digits are smaller than the pool.
@@ -218,11 +239,15 @@ def _same(features: Tensor, other: Tensor) -> bool:
     return not (features - other).norm() > 0.02 * other.norm()  # what is not finite is said elsewhere
 
 
-def normalised_cam(maps: Tensor, size: int) -> Tensor:
-    """Each map scaled to [0, 1] by its least and greatest value, then resized: [B, h, w] -> [B, size, size]."""
+def normalised_cam(maps: Tensor, size: int, *, relu: bool = False, resize: str = "bilinear") -> Tensor:
+    """Each map scaled to [0, 1] by its least and greatest value, then resized: [B, h, w] -> [B, size, size].
+
+    relu: what is below 0 is 0 first.  resize: bilinear, bicubic or nearest.
+    """
+    maps = maps.relu() if relu else maps
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     maps = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
-    return F.interpolate(maps[:, None], (size, size), mode="bilinear")[:, 0]
+    return F.interpolate(maps[:, None], (size, size), mode=resize)[:, 0].clamp(0, 1)  # bicubic leaves [0, 1]
 
 
 def noncritical_mask(heat: Tensor, epsilon: float) -> Tensor:
@@ -386,7 +411,7 @@ def select(
     device = _ready(teacher)
     sizes = torch.tensor(images.shape[2:]).expand(len(images), 2) if sizes is None else sizes.cpu()
     patch, needed = _checked(config, size, len(images), int(sizes.amin(1).median()))
-    boxes = random_boxes(sizes.repeat_interleave(config.crops, 0), generator, ratio=(1.0, 1.0))
+    boxes = random_boxes(sizes.repeat_interleave(config.crops, 0), generator, (config.crop_area, 1.0), (1.0, 1.0))
     boxes = boxes.unflatten(0, (-1, config.crops))  # [n, k, 4]
     shift, unit = _channels(mean, std, device)
     patches, scores = [], []
@@ -396,7 +421,8 @@ def select(
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             maps, _ = cam(teacher, view, torch.full((len(rows),), label, device=device))
         in_view = boxes[rows] * (size / real.repeat(1, 2))[:, None]  # both sides become `size`
-        score = crop_scores(normalised_cam(maps, size), in_view, config.cam_score)
+        heat = normalised_cam(maps, size, relu=config.cam_relu, resize=config.cam_resize)
+        score = crop_scores(heat, in_view, config.cam_score)
         best = score.topk(config.kept, 1).indices.cpu()[..., None].expand(-1, -1, 4)
         cut = crop_resize(
             pixels.repeat_interleave(config.kept, 0), boxes[rows].gather(1, best).flatten(0, 1),
@@ -457,9 +483,9 @@ def stitch(patches: Tensor, factor: int, size: int) -> Tensor:
 # ---------------------------------------------------------------- distances to the two labels
 
 
-def boundary_labels(logits: Tensor, y: Tensor, y_partner: Tensor) -> Tensor:
+def boundary_labels(logits: Tensor, y: Tensor, y_partner: Tensor, temperature: float = 1.0) -> Tensor:
     """d of Eqs 8 and 10: logits [B, K] of mixed images and their two labels [B] -> [B, 2], -log softmax at each."""
-    return -_wide(logits).log_softmax(1).gather(1, torch.stack([y, y_partner], 1))
+    return -(_wide(logits) / temperature).log_softmax(1).gather(1, torch.stack([y, y_partner], 1))
 
 
 def hinge(distances: Tensor, threshold: float) -> Tensor:
@@ -468,10 +494,11 @@ def hinge(distances: Tensor, threshold: float) -> Tensor:
 
 
 def boundary_loss(
-    logits: Tensor, d_teacher: Tensor, y: Tensor, y_partner: Tensor, *, threshold: float, weight: float
-) -> Tensor:
+    logits: Tensor, d_teacher: Tensor, y: Tensor, y_partner: Tensor, *, threshold: float, weight: float,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The student's loss on mixed images (Eqs 9, 10): logits [B, K], the teacher's distances [B, 2] -> []."""
-    distances = boundary_labels(logits, y, y_partner)
+    distances = boundary_labels(logits, y, y_partner, temperature)
     return hinge(distances, threshold) + weight * (distances - d_teacher).abs().sum(1).mean()
 
 
@@ -482,6 +509,23 @@ def compact_labels(logits: Tensor, temperature: float) -> Tensor:
     top = log_p.topk(2, 1)
     others = log_p.scatter(1, top.indices, -math.inf).logsumexp(1, keepdim=True) - math.log(max(logits.shape[1] - 2, 1))
     return temperature * others.expand_as(log_p).scatter(1, top.indices, top.values)
+
+
+def transfer(
+    labels: str, config: Config, temperature: float, kd_loss: Callable[[Tensor, Tensor, float], Tensor]
+) -> tuple[Callable | None, Callable | None]:
+    """What is kept of the teacher's logits for a kind of labels, and what a student makes of it.
+
+    The first takes logits [B, K], labels and partners' labels [B] -> [B, ...]; the second the student's logits, what
+    was kept, labels and partners' labels -> [].  None: the logits themselves, and kd_loss(student, teacher, T).
+    """
+    if labels == "compact":
+        return None, lambda z, kept, y, other: kd_loss(z, compact_labels(kept, temperature), temperature)
+    if labels != "boundary":
+        return None, None
+    softer = {"temperature": config.distance_temperature}
+    loss = partial(boundary_loss, threshold=config.threshold, weight=config.boundary_weight, **softer)
+    return partial(boundary_labels, **softer), loss
 
 
 def random_mix(kind: str, size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -639,13 +683,15 @@ def objective(logits: Tensor, moments: list, running: list, y: Tensor, y_partner
         multiplier = config.first_bn_multiplier if number == 0 else 1.0
         loss = loss + config.bn_weight * multiplier * (_norm(mean - mean_l) + _norm(var - var_l))
     if config.label_refinement:  # Eq. 12
-        distances = boundary_labels(logits[len(y) :], y, y_partner)
+        distances = boundary_labels(logits[len(y) :], y, y_partner, config.distance_temperature)
         loss = loss + config.label_refinement * hinge(distances, config.threshold)
     return loss
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Cosine from lr to 0 over the iterations of a batch."""
+    """Cosine from lr to 0 over the iterations of a batch, or lr."""
+    if config.schedule == "constant":
+        return config.lr
     return 0.5 * config.lr * (1 + math.cos(math.pi * step / config.iterations))
 
 
@@ -694,16 +740,24 @@ class State:
 
 
 @torch.no_grad()
+def masks_of(teacher: nn.Module, x: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """M/epsilon of Eq. 4 for the teacher's input x [B, C, S, S] -> [B, S, S]."""
+    heat = normalised_cam(cam(teacher, x, labels)[0], x.shape[-1], relu=config.cam_relu, resize=config.cam_resize)
+    return noncritical_mask(heat, config.epsilon)
+
+
+@torch.no_grad()
 def begin(
     teacher: nn.Module, images: Tensor, labels: Tensor, config: Config, *, mean: tuple[float, ...],
     std: tuple[float, ...], generator: torch.Generator,
 ) -> State:  # fmt: skip
     """The state before the first step: masks of all images, and which of them share a batch."""
-    device, masks = _ready(teacher), []
+    device = _ready(teacher)
     shift, unit = _channels(mean, std, device, images.dtype)
-    for x, y in zip(images.split(config.batch), labels.split(config.batch), strict=True):
-        maps, _ = cam(teacher, _normalised(x.to(device), shift, unit), y.to(device))
-        masks.append(noncritical_mask(normalised_cam(maps, images.shape[-1]), config.epsilon).cpu())
+    masks = [
+        masks_of(teacher, _normalised(x.to(device), shift, unit), y.to(device), config).cpu()
+        for x, y in zip(images.split(config.batch), labels.split(config.batch), strict=True)
+    ]
     order = torch.randperm(len(images), generator=generator)
     return State(images.clone(), images, torch.cat(masks), order, generator.get_state())
 
@@ -741,10 +795,14 @@ def refine(
             begun = state.live[1:] if state.live else (torch.zeros_like(x), torch.zeros_like(x))
             adam = [t.to(device) for t in begun]
             for step in range(state.step, config.iterations):
+                if config.mask_every and step and step % config.mask_every == 0:
+                    state.mask[rows] = masks_of(teacher, _normalised(x, shift, unit), y, config).cpu()
+                    mask = state.mask[rows, None].to(device)
                 view, y_partner = see(x, random_view(size, *config.view(size), generator)), y
                 if mixing:  # mixed images are the second half of the batch; Alg. 1 updates x_org alone
                     partner, own = (t.to(device) for t in random_mix(config.mix, size, len(rows), generator))
-                    mixed = own * view + (1 - own) * view.detach()[partner]
+                    other = view if config.partner_gradient else view.detach()
+                    mixed = own * view + (1 - own) * other[partner]
                     view, y_partner = torch.cat([view, mixed]), y[partner]
                 loss = run(_normalised(view, shift, unit), y, y_partner)
                 gradient = torch.autograd.grad(loss, x)[0] * unit  # by normalised pixels, as lr is
@@ -862,7 +920,8 @@ if __name__ == "__main__":
             lambda a: script.run_with_teacher(
                 a, "nrr_dd", Config, PUBLISHED, State.restore, distill, check=check, native=True, small="convnet3",
                 factor=Config.factor, student=rded.student_recipe, recipes=teachers.SQUEEZE,
-                passes=lambda config, classes: math.ceil(classes * config.ipc / config.batch),
+                passes=lambda config, classes: math.ceil(classes * config.ipc / config.batch), transfer=transfer,
+                students_read=TRANSFER,
             ),
             sys.argv[1:],
         )

@@ -262,10 +262,10 @@ def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     return _with_teacher(lab, setup, "rded", config, make, rded.State.restore, len(train.classes), looked)
 
 
-DISCOVERY = ("ipc", "pool", "crops", "kept", "cam_score", "confidence", "patches", "precision")  # what CIDD reads
-
-
-LABELS = ("boundary_weight",)  # what students alone read
+DISCOVERY = (  # what CIDD reads
+    "ipc", "pool", "crops", "crop_area", "kept", "cam_score", "cam_relu", "cam_resize", "confidence", "patches",
+    "precision",
+)  # fmt: skip
 
 
 def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
@@ -290,7 +290,7 @@ def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 def nrr_dd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     """Keeps, of the first classes, the images before refinement and their masks too."""
     config = nrr_dd.Config(
-        **{k: v for k, v in {"precision": lab.precision, **setup.distill}.items() if k not in LABELS}
+        **{k: v for k, v in {"precision": lab.precision, **setup.distill}.items() if k not in nrr_dd.TRANSFER}
     )
     train, start = lab.data(setup.dataset, "train"), cidd_images(lab, setup)
     shown = slice(0, SHOWN_CLASSES * config.ipc, config.ipc)

@@ -37,7 +37,6 @@ __all__ = ["Lab", "Stage"]
 COMPILED_FROM = 1.5e12  # operations of a network in training: a student of IPC 1 at 32 px, tested on 10,000 images
 STREAM_SEED = 42  # one stream of views serves all students of a set, as in the released code
 MOST_LABEL_BYTES = 32 * 2**30  # of stored soft labels: they are held in memory, and written again at each checkpoint
-KEPT: dict[str, Keep] = {"boundary": nrr_dd.boundary_labels}  # label regime -> what is kept of the teacher's logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +179,7 @@ class Lab:
 
     def labels(self, setup: Setup, images: Stage) -> Stage:
         """What the teacher says of every view of a stream; boundary labels keep two numbers of it."""
-        teacher, recipe, keep = self.teacher(setup), setup.student, KEPT.get(setup.regime)
+        teacher, recipe, (keep, _) = self.teacher(setup), setup.student, _transfer(setup)
 
         def build(work: Path) -> Product:
             data, _ = self.as_data(images)
@@ -202,6 +201,8 @@ class Lab:
             "recipe": stream_of(recipe), "stream_seed": STREAM_SEED, "size": setup.size, "precision": self.precision,
             "kept": "boundary" if keep else "logits",
         }  # fmt: skip
+        if (softer := nrr_dd_config(setup).distance_temperature) != 1 and keep:
+            settings["temperature"] = softer
         cost = steps * batch * forward_flops(setup.network, setup.size)
         what = f"{'boundary' if keep else 'soft'} labels of {images.what}"
         return self.stage("relabel", settings, (images, teacher), build, cost, what, images, teacher)
@@ -216,7 +217,7 @@ class Lab:
         soft, stored = recipe.labels == "soft", setup.labels == "stored"
         needs = [images] + ([self.labels(setup, images) if stored else self.teacher(setup)] if soft else [])
         shared = soft and setup.labels in ("stored", "recomputed")  # the views that the labels are of
-        keep, loss = KEPT.get(setup.regime), _loss(setup)
+        keep, loss = _transfer(setup)
         steps, batch = self._steps(setup)
 
         def build(work: Path) -> Product:
@@ -308,17 +309,17 @@ def tested_epochs(recipe: Recipe) -> set[int]:
     return {e for e in range(recipe.epochs) if (e + 1) % 10 == 0 and e > 0.8 * recipe.epochs} | {recipe.epochs - 1}
 
 
+def nrr_dd_config(setup: Setup) -> nrr_dd.Config:
+    """r and alpha of Eq. 9 of NRR-DD and the temperature of d, from the method's settings where they are among them."""
+    own = ("threshold", "boundary_weight", "distance_temperature")
+    return nrr_dd.Config(**{k: v for k, v in setup.distill.items() if k in own})
+
+
 def boundary_settings(setup: Setup) -> dict[str, float]:
-    """r and alpha of Eq. 9 of NRR-DD, from the method's settings where they are among them."""
-    config = nrr_dd.Config(**{k: v for k, v in setup.distill.items() if k in ("threshold", "boundary_weight")})
-    return {"threshold": config.threshold, "weight": config.boundary_weight}
+    config = nrr_dd_config(setup)
+    softer = {} if config.distance_temperature == 1 else {"temperature": config.distance_temperature}
+    return {"threshold": config.threshold, "weight": config.boundary_weight, **softer}
 
 
-def _loss(setup: Setup) -> Loss | None:
-    """What a student makes of the labels of a regime; None: the KL divergence to the teacher's logits."""
-    if setup.regime == "compact":
-        temperature = setup.student.temperature
-        return lambda logits, kept, y, partner: kd_loss(logits, nrr_dd.compact_labels(kept, temperature), temperature)
-    if setup.regime == "boundary":
-        return functools.partial(nrr_dd.boundary_loss, **boundary_settings(setup))
-    return None
+def _transfer(setup: Setup) -> tuple[Keep | None, Loss | None]:
+    return nrr_dd.transfer(setup.regime, nrr_dd_config(setup), setup.student.temperature, kd_loss)

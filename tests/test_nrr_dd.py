@@ -140,6 +140,11 @@ def test_maps_are_scaled_to_0_and_1():
     large = nrr_dd.normalised_cam(maps, 32)
     assert large.min() >= 0 and large.max() <= 1
     torch.testing.assert_close(large, F.interpolate(scaled[:, None], (32, 32), mode="bilinear")[:, 0])
+    cut = nrr_dd.normalised_cam(maps, 4, relu=True)
+    torch.testing.assert_close(cut, maps.clamp(min=0) / maps.amax((1, 2), keepdim=True))
+    nearest, cubic = (nrr_dd.normalised_cam(maps, 8, resize=kind) for kind in ("nearest", "bicubic"))
+    assert torch.equal(nearest, scaled.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert cubic.min() >= 0 and cubic.max() <= 1 and not torch.equal(cubic, nrr_dd.normalised_cam(maps, 8))
 
 
 def test_the_mask_is_zero_exactly_where_the_activation_reaches_epsilon():
@@ -221,6 +226,14 @@ def test_a_stopped_discovery_continues_bit_for_bit(teacher, real):
     assert torch.equal(nrr_dd.discover(*real, teacher, Config(ipc=2, pool=6), **facts), whole)
 
 
+def test_crops_have_the_least_area_that_is_asked_for(teacher, real):
+    """With all of it every crop is the whole image, and a patch is that image."""
+    config = Config(ipc=8, pool=8, crop_area=1.0)
+    patches, _ = nrr_dd.select(teacher, real[0][:8], None, 0, config, size=16, **FACTS, generator=rng(0))
+    whole = {tuple(image.flatten().tolist()) for image in real[0][:8].float()}
+    assert {tuple(patch.flatten().tolist()) for patch in patches} == whole
+
+
 @pytest.mark.parametrize("kept", [1, 3, 5])
 def test_several_crops_of_an_image_can_be_kept(teacher, real, kept):
     images = real[0][:6]
@@ -249,6 +262,8 @@ def test_distances_are_cross_entropies_at_both_labels():
     torch.testing.assert_close(d[:, 0], F.cross_entropy(logits, y, reduction="none"))
     torch.testing.assert_close(d[:, 1], F.cross_entropy(logits, other, reduction="none"))
     assert nrr_dd.boundary_labels(logits.bfloat16(), y, other).dtype == torch.float32
+    softer = nrr_dd.boundary_labels(logits, y, other, temperature=4.0)
+    torch.testing.assert_close(softer, nrr_dd.boundary_labels(logits / 4, y, other))
 
 
 @pytest.mark.parametrize("kind", ["cutmix", "mixup"])
@@ -327,6 +342,24 @@ def test_compact_labels_keep_two_probabilities_and_share_the_rest():
             torch.testing.assert_close(made[rest], ((1 - row[first] - row[second]) / 4).expand(4), atol=1e-6, rtol=1e-4)
     two = torch.tensor([[1.0, -2.0]])
     torch.testing.assert_close(nrr_dd.compact_labels(two, 3.0).div(3).softmax(1), two.div(3).softmax(1))
+
+
+def test_labels_are_kept_and_learned_from_as_they_are_called():
+    logits, teacher = torch.randn(2, 5, 4, generator=rng(0))
+    y, other = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 1, 3, 0, 2])
+    kd = lambda s, t, temperature: F.kl_div(  # noqa: E731
+        (s / temperature).log_softmax(1), (t / temperature).log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    config = Config(threshold=0.9, boundary_weight=3.0, distance_temperature=2.0)
+    assert nrr_dd.transfer("soft", config, 20.0, kd) == nrr_dd.transfer("hard", config, 20.0, kd) == (None, None)
+    keep, loss = nrr_dd.transfer("compact", config, 20.0, kd)
+    assert keep is None
+    assert loss(logits, teacher, y, other) == kd(logits, nrr_dd.compact_labels(teacher, 20.0), 20.0)
+    keep, loss = nrr_dd.transfer("boundary", config, 20.0, kd)
+    d = nrr_dd.boundary_labels(teacher / 2, y, other)
+    assert torch.equal(keep(teacher, y, other), d)
+    wanted = nrr_dd.boundary_loss(logits / 2, d, y, other, threshold=0.9, weight=3.0)
+    torch.testing.assert_close(loss(logits, d, y, other), wanted)
 
 
 # ---------------------------------------------------------------- refinement
@@ -426,6 +459,41 @@ def test_critical_pixels_never_change(teacher, settings):
     assert out.min() >= 0 and out.max() <= 1
 
 
+@pytest.mark.parametrize("partner_gradient", [False, True])
+def test_a_partner_moves_where_its_gradient_is_kept(teacher, partner_gradient):
+    """One step of Eq. 5 with the gradient of Eq. 11, written out."""
+    images, labels = torch.rand(6, 3, 16, 16, generator=rng(0)), torch.arange(6) % 4
+    config = Config(iterations=1, optimizer="sgd", lr=0.5, label_refinement=1.0, partner_gradient=partner_gradient)
+    state = nrr_dd.begin(teacher, images, labels, config, **FACTS, generator=rng(0))
+    rows, mask, generator = state.order, state.mask, torch.Generator()
+    generator.set_state(state.generator)
+    ((view, partner, own),) = draws_of(config, 16, 6, generator, 1)
+    x, y, running = images[rows].requires_grad_(), labels[rows], []
+    seen = nrr_dd.see(x, view)
+    mixed = own * seen + (1 - own) * (seen if partner_gradient else seen.detach())[partner]
+    with nrr_dd.batch_statistics(teacher, 2) as moments:
+        logits = teacher(normalised(torch.cat([seen, mixed])))
+        running = [(bn.running_mean, bn.running_var) for bn in nrr_dd.batch_norms(teacher)]
+        loss = nrr_dd.objective(logits, moments, running, y, y[partner], config)
+    std = torch.tensor(STD)[:, None, None]
+    moved = images[rows] - 0.5 * std**2 * mask[rows, None] * torch.autograd.grad(loss, x)[0]
+    out = nrr_dd.refine(teacher, images, labels, config, **FACTS, generator=rng(1), state=state)
+    torch.testing.assert_close(out[rows], moved.clamp(0, 1), atol=1e-6, rtol=1e-5)
+
+
+def test_the_mask_is_made_anew_where_that_is_asked_for(teacher):
+    images, labels, kept = torch.rand(6, 3, 16, 16, generator=rng(0)), torch.arange(6) % 4, []
+    config = Config(iterations=6, lr=0.5, mask_every=3)
+    state = nrr_dd.begin(teacher, images, labels, config, **FACTS, generator=rng(0))
+    first = state.mask.clone()
+    keep = lambda s: kept.append((s.step, s.mask.clone(), s.tensors()["images"].clone()))  # noqa: E731
+    nrr_dd.refine(teacher, images, labels, config, **FACTS, generator=rng(1), state=state, on_step=keep)
+    assert [step for step, mask, _ in kept if torch.equal(mask, first)] == [1, 2, 3]
+    anew = nrr_dd.masks_of(teacher, normalised(kept[2][2]), labels, config)
+    assert torch.equal(kept[3][1], kept[5][1])
+    torch.testing.assert_close(kept[3][1], anew)
+
+
 def test_adam_divides_a_fixed_mask_out_of_the_gradient(teacher):
     """Why the mask multiplies the step by default: pixels hardly critical and nearly critical move alike otherwise."""
     images, moved = torch.rand(6, 3, 16, 16, generator=rng(0)), {}
@@ -456,6 +524,7 @@ def test_learning_rate_falls_as_a_cosine():
     config = Config()
     assert [nrr_dd.learning_rate(config, s) for s in (0, 500)] == pytest.approx([0.05, 0.025])
     assert nrr_dd.learning_rate(config, 999) == pytest.approx(0, abs=1e-6)
+    assert nrr_dd.learning_rate(Config(schedule="constant"), 999) == 0.05
 
 
 def test_the_objective_falls(teacher, real):
@@ -511,9 +580,10 @@ def test_two_seeded_runs_are_equal_and_seeds_differ(teacher, real):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("stop", [1, 5, 6, 7, 11])
-def test_a_stopped_run_continues_bit_for_bit(teacher, real, stop, monkeypatch):
-    whole, kept = distill(teacher, real, QUICK), []
+@pytest.mark.parametrize(("stop", "mask_every"), [(1, 0), (5, 0), (6, 0), (7, 0), (11, 0), (2, 2), (3, 2), (8, 2)])
+def test_a_stopped_run_continues_bit_for_bit(teacher, real, stop, mask_every, monkeypatch):
+    config = replace(QUICK, mask_every=mask_every)
+    whole, kept = distill(teacher, real, config), []
 
     class Killed(Exception):
         pass
@@ -524,9 +594,9 @@ def test_a_stopped_run_continues_bit_for_bit(teacher, real, stop, monkeypatch):
             raise Killed
 
     with pytest.raises(Killed):
-        distill(teacher, real, QUICK, on_step=kill)
+        distill(teacher, real, config, on_step=kill)
     monkeypatch.setattr(nrr_dd, "select", None)  # discovery is not done again
-    resumed = distill(teacher, real, QUICK, seed=9, state=State.restore(kept[-1]))
+    resumed = distill(teacher, real, config, seed=9, state=State.restore(kept[-1]))
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
 
 
@@ -584,6 +654,9 @@ def test_published_settings_are_settings():
         ({"iterations": 0}, "the least is 1"),
         ({"lr": -0.1}, "lr=-0.1 is too small; the least is 0"),
         ({"least_area": -0.5}, "least_area=-0.5 is no share"),
+        ({"crop_area": 0.0}, "crop_area=0.0 is no share; allowed: above 0, at most 1"),
+        ({"distance_temperature": 0.0}, "distance_temperature=0.0; allowed: above 0"),
+        ({"labels": "dbr"}, "labels='dbr' is unknown; allowed: soft, hard, compact, boundary"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):

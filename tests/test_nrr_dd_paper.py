@@ -225,6 +225,22 @@ def test_a_method_alone(method, tmp_path):
     assert all({"seconds", "finished", "made", "peak_memory_bytes"} <= meta.keys() for meta in metas)
 
 
+@pytest.mark.slow
+def test_the_student_of_the_script_learns_from_the_labels_it_is_given(tmp_path):
+    """The set is made once: neither labels nor boundary_weight are its settings."""
+    settings = ["dataset=digits", "ipc=1", "size=16", "network=convnet3", "teacher_epochs=1", "student_epochs=1"]
+    settings += ["iterations=1", f"out={tmp_path}", f"store={tmp_path}/runs", "device=cpu"]
+    said = {"hard": "labels of the classes", "boundary boundary_weight=5": "boundary labels of the teacher",
+            "compact": "compact labels of the teacher", "soft": "soft labels of the teacher"}  # fmt: skip
+    for labels, words in said.items():
+        command = [sys.executable, str(ROOT / "methods" / "nrr_dd.py"), *settings, *f"labels={labels}".split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"(last epoch, {words})" in done.stdout
+    made = [path.parent.parent.name for path in (tmp_path / "runs").glob("*/*/meta.json")]
+    assert sorted(made) == ["nrr_dd", *["student"] * 4, "teacher"]
+
+
 TEN = tuple("abcdefghij")
 
 
