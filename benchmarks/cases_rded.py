@@ -20,7 +20,7 @@ from common.views import Recipe
 from methods import rded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NETWORK, SIZE, IMAGES = "resnet18", 224, 20
+NETWORK, SIZE, IMAGES = "resnet18", 224, 100
 CONFIG = rded.Config(factor=2, ipc=1, pool=IMAGES)
 OURS = {  # form -> settings
     "ours, fp32": {"precision": "fp32"},
@@ -31,7 +31,7 @@ OURS = {  # form -> settings
 
 
 def select(settings: dict | None, answer: Callable, device: torch.device) -> None:
-    """Pools of 20 images for ever; settings: those of ours, None for the plain form."""
+    """Pools of 100 images for ever; settings: those of ours, None for the plain form."""
     teacher = networks.make(NETWORK, classes=10, size=SIZE, generator=rng(0)).eval().to(device)
     images = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8, generator=rng("images"))
     batch = CONFIG.batch if device.type == "cuda" else 10  # a CPU gains nothing from more, and needs the memory

@@ -1,7 +1,8 @@
 """RDED's scoring, stitching and student in plain form: the formulas one after the other, built as the released code is.
 
-One image at a time, fp32, NCHW, torchvision's transforms, everything kept in lists, tiles pasted one by one.  It is
-what `methods/rded.py` is timed and checked against; it takes the same boxes, so both compute the same numbers.
+Crops cut one image at a time, then as many in a forward as there are images, fp32, NCHW, torchvision's transforms,
+everything kept in lists, tiles pasted one by one.  It is what `methods/rded.py` is timed and checked against; it takes
+the same boxes, so both compute the same numbers.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ def score(
     device = next(teacher.parameters()).device
     before = (size - side) // 2
     after = size - side - before
+    crops, scores = [], []
     for image, own in zip(images, boxes, strict=True):
         pixels = convert_image_dtype(image, torch.float32)
-        crops = torch.stack([normalise(resized_crop(pixels, *box, [side, side], antialias=True)) for box in own])
-        with torch.no_grad():
-            logits = teacher(F.pad(crops.to(device), (before, after, before, after)))
-        labels = torch.full((len(own),), label, device=device)
-        yield F.cross_entropy(logits, labels, reduction="none").cpu(), crops
+        crops.append(torch.stack([normalise(resized_crop(pixels, *b, [side, side], antialias=True)) for b in own]))
+    with torch.no_grad():
+        for part in F.pad(torch.cat(crops), (before, after, before, after)).split(len(crops)):
+            labels = torch.full((len(part),), label, device=device)
+            scores.append(F.cross_entropy(teacher(part.to(device)), labels, reduction="none").cpu())
+    yield from zip(torch.cat(scores).split([len(own) for own in crops]), crops, strict=True)
 
 
 def select(scored: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, list[float]]:

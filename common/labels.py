@@ -78,11 +78,18 @@ class Fixed:
 class Online:
     """Labels recomputed by the teacher at each step: no bytes stored, one third more arithmetic.
 
-    Rounded to fp16 as the stored ones are, so that both give the same student.
+    Rounded to fp16 as the stored ones are, so that both give the same student.  batch_statistics: BatchNorm normalises
+    by those of the views, as in SRe2L's script for CIFAR; the running ones stay.
     """
 
-    def __init__(self, teacher: nn.Module, dtype: torch.dtype = torch.bfloat16, keep: Keep | None = None):
+    def __init__(
+        self, teacher: nn.Module, dtype: torch.dtype = torch.bfloat16, keep: Keep | None = None,
+        batch_statistics: bool = False,
+    ):  # fmt: skip
         self.teacher, self.dtype, self.keep = teacher.eval().requires_grad_(False), dtype, keep
+        norms = [m for m in teacher.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms if batch_statistics else ():
+            norm.train().momentum = 0.0
 
     @torch.no_grad()
     def __call__(self, step: int, images: Tensor, y: Tensor, partner: Tensor, rows: Tensor) -> Tensor:
@@ -93,13 +100,14 @@ class Online:
 
 def relabel(
     teacher: nn.Module, data: Dataset, recipe: Recipe, *, size: int, seed: int, device: torch.device,
-    dtype: torch.dtype = torch.bfloat16, keep: Keep | None = None, checkpoint: Checkpoint | None = None,
+    dtype: torch.dtype = torch.bfloat16, keep: Keep | None = None, batch_statistics: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Tensor:  # fmt: skip
     """The teacher's labels of every view of the stream: fp16 [steps, B, ...] on the CPU (FKD, SRe2L section 3).
 
-    keep: what is stored in place of the logits [B, K].
+    keep: what is stored in place of the logits [B, K].  batch_statistics: as of `Online`.
     """
-    label, kept, start = Online(teacher.to(device), dtype, keep), None, 0
+    label, kept, start = Online(teacher.to(device), dtype, keep, batch_statistics), None, 0
     if checkpoint and (state := checkpoint.load()):
         kept, start = state[0]["logits"], state[1]["step"]
     total = recipe.epochs * steps_per_epoch(len(data.labels), recipe.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from common import datasets_decode as decoding
 from common import networks, teachers
@@ -425,6 +428,17 @@ def as_bytes(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     return torch.cat([(part.clamp(0, 1) * 255).to(torch.uint8) for part in images.split(1000)])
+
+
+def through_jpeg(images: Tensor, quality: int) -> Tensor:
+    """uint8 [M, C, S, S] as JPEG files of this quality hold them, colours at half the resolution."""
+
+    def kept(image: Tensor) -> Tensor:
+        file = io.BytesIO()
+        to_pil_image(image).save(file, "JPEG", quality=quality)
+        return pil_to_tensor(Image.open(file))
+
+    return torch.stack([kept(image) for image in images.cpu()]).to(images.device)
 
 
 def check_ipc(data: Dataset | Stream, ipc: int) -> None:

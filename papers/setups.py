@@ -37,6 +37,7 @@ PUBLISHED = {
 }  # fmt: skip
 LABELS = ("stored", "recomputed", "online", "fixed")  # where a teacher's soft labels come from
 SELECTIONS = ("coreset", "cad")  # made at ImageNet scale too, as the methods of image_stages are
+RELEASED = ("jpeg", "batch_statistics", "t_squared")  # of `student:`, what released code does and no recipe says
 STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's view may exchange
 
 
@@ -56,6 +57,9 @@ class Setup:
     labels: str = "stored"  # soft ones: of each view, stored, recomputed from the seed or online (of the student's own
     # views), or one for each image, fixed
     shorter: int | None = None
+    jpeg: int = 0  # quality at which the images are kept, as RDED and SRe2L do with 75; 0: without loss
+    batch_statistics: bool = False  # the teacher's BatchNorm when it labels, as SRe2L's script for CIFAR has it
+    t_squared: bool = False  # the loss of soft labels times T^2, as usual elsewhere
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -68,7 +72,12 @@ class Setup:
             "size": self.size, "network": self.network, "student_network": self.student_network,
             "distill": dict(self.distill), "student": asdict(self.student), "teacher": asdict(self.teacher),
             "regime": self.regime, "labels": self.labels,
+            **{name: getattr(self, name) for name in RELEASED},
         }  # fmt: skip
+
+    def released(self) -> dict:
+        """What is done as in released code where the default is another."""
+        return {name: value for name in RELEASED if (value := getattr(self, name))}
 
     known = facts
 
@@ -121,7 +130,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
     teacher = replace(recipe, **merged(*(x.get("teacher") for x in layers), own))
     distill = _distill(layers, cell, data["dataset"], networks[made_with], scale.get("method", "wmdd"))
     factor = _factor(cell.algorithm, distill, size)
-    student = _student(scale, layers, cell, data["dataset"], networks[cell.arch], factor)
+    student, released = _student(scale, layers, cell, data["dataset"], networks[cell.arch], factor)
     labels = "fixed" if cell.protocol == "hard-truths-large-soft" else _labels(layers)
     if labels == "fixed" and cell.label_regime != "hard" and (student.cutmix or cell.label_regime == "boundary"):
         raise ValueError(
@@ -140,6 +149,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
         cell.label_regime,
         labels,
         data.get("shorter"),
+        **released,
     )
 
 
@@ -171,7 +181,10 @@ def _labels(layers: list[Mapping]) -> str:
     return chosen
 
 
-def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, network: str, factor: int) -> Recipe:
+def _student(
+    scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, network: str, factor: int
+) -> tuple[Recipe, dict]:
+    """The student's recipe, and what of `student:` is none of a recipe."""
     base: dict = {}
     if cell.protocol:
         base = large_scale(cell.protocol, cell.ipc, info(dataset).classes)
@@ -182,6 +195,9 @@ def _student(scale: Mapping, layers: list[Mapping], cell: Cell, dataset: str, ne
         if cell.algorithm not in STITCHED:
             base |= {"shuffle": 1}
     student = merged(base, *(x.get("student") for x in layers), cell.student)
+    released = {name: student.pop(name) for name in RELEASED if name in student}
+    if not 0 <= released.get("jpeg", 0) <= 100:
+        raise ValueError(f"student.jpeg={released['jpeg']} is no quality; allowed: 1 to 100, 0: none")
     if cell.label_regime == "hard":
         student |= {"labels": "hard"} | ({"cutmix": False} if base else {})
-    return Recipe(**student)
+    return Recipe(**student), released

@@ -168,11 +168,15 @@ class Lab:
         """The distill stage: a set in pixel space."""
         return (image_stages.IMAGES | stream_stages.IMAGES)[algorithm](self, setup, seed)
 
-    def as_data(self, stage: Stage) -> tuple[Dataset, Tensor | None]:
-        """A distilled set as training data: uint8 by truncation, as the released code stores it, and its weights."""
+    def as_data(self, stage: Stage, jpeg: int = 0) -> tuple[Dataset, Tensor | None]:
+        """A distilled set as training data: uint8 by truncation, as the released code stores it, and its weights.
+
+        jpeg: the quality of its files; 0: kept without loss.
+        """
         entry = self.entry(stage)
         tensors, meta = entry.tensors(), entry.meta
         pixels = image_stages.as_bytes(tensors["images"])
+        pixels = image_stages.through_jpeg(pixels, jpeg) if jpeg else pixels
         mean, std = tuple(meta["mean"]), tuple(meta["std"])
         data = Dataset(stage.what, pixels, tensors["labels"], tuple(meta["classes"]), mean, std, None, entry.key)
         return teachers.resident(data, self.device), tensors.get("weights")
@@ -182,10 +186,11 @@ class Lab:
         teacher, recipe, (keep, _) = self.teacher(setup), setup.student, _transfer(setup)
 
         def build(work: Path) -> Product:
-            data, _ = self.as_data(images)
+            data, _ = self.as_data(images, setup.jpeg)
             kept = relabel(
                 self.restored(teacher), data, recipe, size=setup.size, seed=STREAM_SEED, device=self.device,
-                dtype=self.dtype, keep=keep, checkpoint=Checkpoint(work / "labels.safetensors"),
+                dtype=self.dtype, keep=keep, batch_statistics=setup.batch_statistics,
+                checkpoint=Checkpoint(work / "labels.safetensors"),
             )  # fmt: skip
             return Product({"logits": kept}, {"bytes": kept.numel() * 2})
 
@@ -203,6 +208,7 @@ class Lab:
         }  # fmt: skip
         if (softer := nrr_dd_config(setup).distance_temperature) != 1 and keep:
             settings["temperature"] = softer
+        settings |= {k: v for k, v in setup.released().items() if k != "t_squared"}
         cost = steps * batch * forward_flops(setup.network, setup.size)
         what = f"{'boundary' if keep else 'soft'} labels of {images.what}"
         return self.stage("relabel", settings, (images, teacher), build, cost, what, images, teacher)
@@ -221,7 +227,7 @@ class Lab:
         steps, batch = self._steps(setup)
 
         def build(work: Path) -> Product:
-            data, weights = self.as_data(images)
+            data, weights = self.as_data(images, setup.jpeg)
             (views, shown), history = self.test_views(setup.dataset, setup.size, setup.shorter), []
             source = None
             if soft and stored:
@@ -229,7 +235,7 @@ class Lab:
             elif soft and setup.labels == "fixed":
                 source = Fixed(self.restored(needs[1]), data, setup.size, self.dtype)
             elif soft:
-                source = Online(self.restored(needs[1]), self.dtype, keep)
+                source = Online(self.restored(needs[1]), self.dtype, keep, setup.batch_statistics)
             tested = tested_epochs(recipe)
 
             def top1(net: nn.Module) -> float:
@@ -258,6 +264,7 @@ class Lab:
             settings["boundary"] = boundary_settings(setup)
         if setup.shorter:
             settings["shorter"] = setup.shorter
+        settings |= setup.released()
         cost = (3 * steps * batch + len(test)) * forward_flops(network, setup.size)
         what = f"{network} student, seed {seed}, {setup.regime} labels, {images.what}"
         return self.stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)
@@ -322,4 +329,8 @@ def boundary_settings(setup: Setup) -> dict[str, float]:
 
 
 def _transfer(setup: Setup) -> tuple[Keep | None, Loss | None]:
+    """What is kept of the teacher's logits, and the student's loss; None: the logits, and the KL divergence to them."""
+    if setup.t_squared:
+        t = setup.student.temperature
+        return None, lambda logits, kept, *_: t**2 * kd_loss(logits, kept, t)
     return nrr_dd.transfer(setup.regime, nrr_dd_config(setup), setup.student.temperature, kd_loss)

@@ -13,6 +13,7 @@ import torch
 from common import networks, script, teachers
 from common.augment import rng
 from common.datasets import info, load
+from common.labels import kd_loss
 from common.views import Recipe, normalise
 from methods import nrr_dd, rded, sre2l, wmdd
 from papers import image_stages, runner, setups, stages
@@ -65,6 +66,31 @@ def test_label_types():
     )
     assert plain.distill.get("label_refinement", 0) == 0 and refined.distill["label_refinement"] == 1
     assert plain.regime == refined.regime == "boundary"
+
+
+def test_what_released_code_does_can_be_had():
+    """JPEG, the teacher's BatchNorm and T^2 are of the student's part of a cell; keys name them where asked for."""
+    arms = {"kept-as-jpeg-of-quality-75": {"jpeg": 75}, "labels-by-batch-statistics": {"batch_statistics": True},
+            "loss-times-t-squared": {"t_squared": True}}  # fmt: skip
+    plain = setup("paper", "table4/cifar-10/rded/convnet/10/soft")
+    assert plain.released() == {} and plain.facts()["jpeg"] == 0
+    for name, released in arms.items():
+        found = setup("paper", f"table4/cifar-10/rded/{name}/convnet/10/soft")
+        assert found.released() == released and replace(found, **{k: type(v)() for k, v in released.items()}) == plain
+    logits, kept = torch.randn(2, 5, 10, generator=rng(0))
+    _, loss = stages._transfer(found)
+    assert loss(logits, kept, None, None) == 400 * kd_loss(logits, kept, 20.0)
+    (cell,) = (c for c in PAPER.cells_at("paper") if c.id == "table4/cifar-10/rded/convnet/10/soft")
+    with pytest.raises(ValueError, match=r"student\.jpeg=101 is no quality; allowed: 1 to 100"):
+        setups.setup_of(PAPER.scales["paper"], replace(cell, student={"jpeg": 101}))
+
+
+def test_jpeg_files_lose_detail_and_keep_what_is_even():
+    even = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
+    assert torch.equal(image_stages.through_jpeg(even, 75), even)
+    noise = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=rng(0))
+    lost = [(image_stages.through_jpeg(noise, q).float() - noise.float()).abs().mean() for q in (100, 75, 10)]
+    assert 0 < lost[0] < lost[1] < lost[2]
 
 
 def test_images_that_are_not_made_of_patches_keep_them_in_place():

@@ -105,6 +105,23 @@ def test_stored_and_recomputed_labels_give_the_same_student(data, dtype):
     assert torch.equal(one, two)
 
 
+def test_a_teacher_may_normalise_by_the_statistics_of_the_views(data):
+    """As SRe2L's script for CIFAR has it, but for its running statistics, which stay here."""
+    recipe, teacher = Recipe(epochs=2, batch=10), network()
+    running = {name: value.clone() for name, value in teacher.state_dict().items() if "running" in name}
+    options = {"device": CPU, "dtype": torch.float32}
+    kept = relabel(teacher, data, recipe, size=16, seed=7, batch_statistics=True, **options)
+    plain = relabel(network(), data, recipe, size=16, seed=7, **options)
+    (view, *_) = views(data, recipe, 16, 7)
+    with torch.no_grad():
+        wanted = network().train()(normalise(view.pixels, MEAN, STD))
+    torch.testing.assert_close(kept[0].float(), wanted, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(kept[0], plain[0], atol=0.1)
+    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in running.items())
+    one = student(data, recipe, Stored(kept), dtype=torch.float32)
+    assert torch.equal(one, student(data, recipe, Online(network(), torch.float32, None, True), dtype=torch.float32))
+
+
 def test_a_fixed_label_is_that_of_the_image_as_it_is(data):
     """Whatever the view; images of another size are brought to that of the student first."""
     teacher = network()
