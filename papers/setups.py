@@ -137,6 +137,8 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
             f"labels='fixed' gives one label an image, which neither cutmix=True nor label_regime='boundary' can use; "
             f"allowed there: {', '.join(name for name in LABELS if name != 'fixed')}"
         )
+    shorter = data.get("shorter")
+    shorter = shorter.get(size) if isinstance(shorter, Mapping) else shorter  # one number, or one for each size
     return Setup(
         data["dataset"],
         size,
@@ -148,7 +150,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
         distill,
         cell.label_regime,
         labels,
-        data.get("shorter"),
+        shorter,
         **released,
     )
 

@@ -38,7 +38,9 @@ def test_published_settings_reach_the_cells():
     student = rded.student
     assert (student.epochs, student.batch, student.lr, student.schedule) == (300, 50, 1e-3, "half-cosine")
     assert (student.crop, student.shuffle, student.cutmix, student.bn_momentum) == (0.5, 2, True, 0.19)
-    assert setup("paper", "table1/imagenette/nrr-dd/convnet/1/soft").size == 128
+    small = setup("paper", "table1/imagenette/nrr-dd/convnet/1/soft")
+    assert (small.size, small.shorter, rded.shorter) == (128, 144, None)
+    assert setup("paper", "table1/tiny-imagenet/nrr-dd/resnet-18/10/soft").shorter == 72
     cifar = setup("paper", "table1/cifar-10/sre2l/convnet/10/soft")
     assert cifar.distill["iterations"] == 1000 and not cifar.distill["crop"] and cifar.network == "convnet3"
     assert (cifar.teacher.pad, cifar.teacher.lr, cifar.teacher.batch) == (4, 0.1, 128)
