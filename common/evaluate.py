@@ -35,7 +35,10 @@ __all__ = ["Evaluation", "run"]
 class Evaluation(WithSet):
     """Arguments of an evaluation."""
 
-    protocol: str = arg("hard-truths-hard", "how students are trained", choices=tuple(PROTOCOLS))
+    protocol: str = arg(
+        "hard-truths-hard", "how students are trained; those of Hard Truths at ImageNet scale are cells of its paper",
+        choices=tuple(PROTOCOLS),
+    )  # fmt: skip
     epochs: int = arg(0, "passes over the set; 0: those of the protocol", unit="epochs", minimum=0)
     students: int = arg(3, "students, each with a seed of its own", minimum=1)
     random: bool = arg(True, "also students of random real images")

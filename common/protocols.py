@@ -36,6 +36,7 @@ class Protocol:
                           "one a image or (online) the teacher's of every augmented view",
                           choices=("hard", "soft", "kl", "online"))  # fmt: skip
     temperature: float = _option(1.0, "of labels=kl and labels=online")
+    t_squared: bool = _option(False, "the loss of labels=kl and labels=online times the squared temperature")
     source: str = _option("", "where the settings come from")
 
     def __post_init__(self):
@@ -49,8 +50,9 @@ class Protocol:
             raise ValueError(f"protocol.lr={self.lr} and protocol.temperature={self.temperature} must be above 0")
 
     def settings(self) -> dict:
-        """What decides results: all but the source."""
-        return {name: value for name, value in asdict(self).items() if name != "source"}
+        """What decides results: all but the source, and a factor where there is one."""
+        left_out = ("source",) if self.t_squared else ("source", "t_squared")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def passes(self) -> int:

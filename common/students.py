@@ -333,7 +333,7 @@ def student_losses(logits: Tensor, target: Tensor, protocol: Protocol, weights: 
         t = protocol.temperature if kl else 1.0
         log_p, log_q = (logits / t).log_softmax(2), (target.to(logits) / t).log_softmax(2)
         entropy = log_q if kl else 0  # soft: without the entropy of the labels, which is constant
-        each = (log_q.exp() * (entropy - log_p)).sum(2)
+        each = (log_q.exp() * (entropy - log_p)).sum(2) * (t**2 if protocol.t_squared else 1)
     if weights is None:
         return each.mean(1)
     return (weights * each).sum(1) / weights.sum(1).clamp(min=1e-12)  # a batch of images that weigh nothing: 0

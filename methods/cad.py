@@ -406,6 +406,8 @@ def _first(snapshots: int, window: int, windows: int, include_last: bool) -> int
 
 def prune(scores: Tensor, labels: Tensor, ipc: int) -> Tensor:
     """The ipc images of each class with the highest scores [N], highest first, ties by index: int64 [K*I]."""
+    if len(scores) != len(labels):
+        raise ValueError(f"{len(scores)} scores and {len(labels)} labels; needs as many of both")
     counts = labels.bincount()
     if counts.min() < ipc:
         raise ValueError(

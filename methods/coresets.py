@@ -230,12 +230,19 @@ class Bank:
     forget_train: Tensor | None = None  # int16 [N], events in training, -1 for an image that was never right
     h_final: Tensor | None = None  # float16 [N, D], of the last epoch
     err_final: Tensor | None = None  # float32 [N, K], p - y of the last epoch
+    seen: Tensor | None = None  # bool [S], after which epochs the run looked; None: after all
 
     def need(self, name: str, method: str) -> Tensor:
         value = getattr(self, name)
         if value is None:
             raise ValueError(f"method={method!r} needs the array {name!r}, which this bank does not have")
         return value
+
+    def after(self, epochs: slice, method: str) -> None:
+        """ValueError where the scoring run did not look after each of these epochs."""
+        if self.seen is not None and not self.seen[epochs].all():
+            looked = ", ".join(map(str, (self.seen.nonzero().flatten() + 1).tolist())) or "none"
+            raise ValueError(f"method={method!r} reads epochs after which the run did not look; it did: {looked}")
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
@@ -300,7 +307,7 @@ def score(
     to the device -> network input; None: they are floats already.  augment: `draw(rows, generator, siamese=False)` and
     `augment(images, draw)`, or None.  `state` continues an earlier run, `on_step` sees the state after each epoch.
     Where they do not fit into memory, `images` is a function that reads them (see `reader`), and augments them itself;
-    looks: the epochs, from 1, after which it looks (None: all; other rows of the bank stay 0); final=False keeps no
+    looks: the epochs, from 1, after which it looks (None: all; methods that read others refuse); final=False keeps no
     features and errors of the last epoch, the largest arrays of a bank.  Raises FloatingPointError for an epoch whose
     loss is not finite.
     """
@@ -330,6 +337,8 @@ def score(
         state.loss = run.train(read, labels, state, augment, generator)
         if looks is None or state.step + 1 in looks:
             run.look(read, labels, state.bank, state.step, final)
+            if looks is not None:
+                state.bank.seen = torch.tensor([epoch + 1 in looks for epoch in range(epochs)])
         state.weights, state.momentum = run.net.state_dict(), run.momentum()
         state.generator, state.step = generator.get_state(), state.step + 1
         if state.step == epochs:
@@ -559,6 +568,7 @@ def image_score(bank: Bank, config: Config, classes: list[Tensor], device: torch
     """The score of each image by its natural sign, float64 [N]; `classes` are their numbers, class by class."""
 
     def at_epoch(name: str) -> Tensor:
+        bank.after(slice(config.epoch - 1, config.epoch), config.method)
         return _first(bank.need(name, config.method), config, "epoch")[-1].double()
 
     match config.method:
@@ -572,6 +582,7 @@ def image_score(bank: Bank, config: Config, classes: list[Tensor], device: torch
             return at_epoch(config.method)
         case "dyn_unc":
             p_true = bank.need("p_true", config.method)
+            bank.after(slice(None), config.method)
             _first(p_true, config, "window")
             return dyn_unc(p_true, config.window)
         case "dual" | "dual_beta":
@@ -580,6 +591,7 @@ def image_score(bank: Bank, config: Config, classes: list[Tensor], device: torch
             if config.forgetting == "train":
                 events = bank.need("forget_train", config.method)
             else:
+                bank.after(slice(None), config.method)
                 events = forgotten(bank.need("correct", config.method))
             return torch.where(events < 0, math.inf if config.never == "hardest" else 0.0, events.double())
     found = torch.zeros(len(bank.labels), dtype=torch.float64)
@@ -615,7 +627,10 @@ def _entering(bank: Bank, rows: Tensor, config: Config, device: torch.device | s
 
 
 def _error(bank: Bank, rows: Tensor, config: Config, device: torch.device | str) -> Tensor:
-    return bank.need("err_final", config.method)[rows].to(device, torch.float32)
+    error = bank.need("err_final", config.method)[rows].to(device, torch.float32)
+    if not error.isfinite().all():
+        raise ValueError(f"the errors for method={config.method!r} are not finite: the scoring run went astray")
+    return error
 
 
 # ---------------------------------------------------------------- gradients of the last layer
@@ -873,6 +888,8 @@ def select(
     `best_window`.  A class of fewer images gives all, with a warning.  ValueError for an array that is not there.
     """
     labels = labels.cpu()
+    if labels.is_floating_point() or labels.dim() != 1 or not len(labels) or int(labels.min()) < 0:
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; allowed: int64 [N], classes from 0 on")
     classes = _classes(labels, config)
     small = [k for k, rows in enumerate(classes) if len(rows) < config.ipc]
     if small:
@@ -882,6 +899,8 @@ def select(
             raise ValueError(f"{len(bank)} features and {len(labels)} labels; needs as many of both")
         bank = Bank(labels, h_final=bank)
     banks = [bank] if isinstance(bank, Bank) else list(bank)
+    if not banks:
+        raise ValueError("no bank is given; allowed: one of `score`, features, or several banks")
     if any(not torch.equal(own.labels, labels) for own in banks):
         raise ValueError("the bank is of other images: its labels differ from those given")
     if config.method in GREEDY and not (config.method == "glister" and config.glister == "static"):

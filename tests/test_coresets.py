@@ -692,6 +692,16 @@ def test_bad_input():
     bank.h_final[2, 5] = math.inf
     with pytest.raises(ValueError, match="features for method='herding' are not finite"):
         choose(bank, "herding")
+    for method in ("graphcut", "facility_location", "craig", "glister", "cal"):
+        broken = a_bank()
+        broken.err_final[5, 0] = math.nan
+        with pytest.raises(ValueError, match=f"errors for method='{method}' are not finite"):
+            choose(broken, method)
+    with pytest.raises(ValueError, match="no bank is given"):
+        coresets.select([], labels, Config(method="el2n"), generator=rng(0))
+    for bad, words in ((labels - 1, r"labels are torch.int64 \[40\]"), (labels.float(), "labels are torch.float32")):
+        with pytest.raises(ValueError, match=words + ".*; allowed: int64"):
+            coresets.select(Bank(bad), bad, Config(method="random"), generator=rng(0))
     saved = []
     run(on_step=lambda s: saved.append(s.tensors()))
     with pytest.raises(ValueError, match="the state is of"):

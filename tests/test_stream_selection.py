@@ -88,6 +88,15 @@ def test_a_bank_looks_after_the_epochs_asked_for():
     assert torch.equal(found.p_true_train, whole.p_true_train) and not found.el2n[[0, 2, 3]].any()
     assert scored(coresets, PIXELS, RANK, looks=()).p_true is None
 
+    def chosen(bank, **options):
+        return coresets.select(bank, LABELS, replace(RANK, **options), generator=rng(0))["indices"]
+
+    assert torch.equal(*(chosen(bank, method="el2n", epoch=2) for bank in (found, whole)))
+    clean = {"method": "forgetting", "forgetting": "clean"}
+    for options in ({"method": "el2n", "epoch": 3}, {"method": "dyn_unc"}, clean):
+        with pytest.raises(ValueError, match=r"reads epochs after which the run did not look; it did: 2$"):
+            chosen(found, **options)
+
 
 def test_a_reader_that_gives_nothing_is_named():
     with pytest.raises(ValueError, match="none of the 40 images left of epoch 0 could be read"):

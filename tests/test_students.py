@@ -165,6 +165,12 @@ def test_protocols_are_the_published_ones():
         "hard-truths-soft": (300, 256, "adamw", 1e-3, "kl", dsa),
         "hard-truths-online": (300, 256, "adamw", 1e-3, "online", dsa),
     }
+    rest = {n: (p.schedule, p.momentum, p.weight_decay, p.temperature) for n, p in PROTOCOLS.items()}
+    for name in ("mixing-2025", "mixing-2025-dsa"):
+        assert rest.pop(name) == ("constant", 0.0, 0.0, 1.0)
+    for name in ("hard-truths-soft", "hard-truths-online"):
+        assert rest.pop(name) == ("cosine", 0.0, 0.01, 20.0)
+    assert set(rest.values()) == {("step-half", 0.9, 5e-4, 1.0)}
     for p in PROTOCOLS.values():
         assert p.source
         assert p.optimizer != "sgd" or (p.momentum, p.weight_decay) == (0.9, 5e-4)
@@ -501,9 +507,13 @@ def test_losses_of_a_group():
         ("soft", soft, plain_students.soft_cross_entropy),
         ("kl", soft, lambda z, y: F.kl_div((z / 4).log_softmax(1), (y / 4).softmax(1), reduction="batchmean")),
     ):
-        protocol = Protocol("x", labels=labels, temperature=4.0)
+        protocol = Protocol("x", labels=labels, temperature=4.0 if labels == "kl" else 1.0)
         wanted = torch.stack([one(z, y) for z, y in zip(logits, target, strict=True)])
         torch.testing.assert_close(students.student_losses(logits, target, protocol), wanted, atol=1e-12, rtol=1e-9)
+        factor = 16 if labels == "kl" else 1
+        squared = students.student_losses(logits, target, replace(protocol, t_squared=True))
+        torch.testing.assert_close(squared, factor * wanted, atol=1e-12, rtol=1e-9)
+        assert ("t_squared" in replace(protocol, t_squared=True).settings()) and "t_squared" not in protocol.settings()
         count = torch.tensor([[3, 0, 1, 1, 2], [1, 2, 4, 0, 1]])  # a weight is worth as many copies of the image
         copies = [
             (z.repeat_interleave(n, 0), y.repeat_interleave(n, 0))

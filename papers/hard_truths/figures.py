@@ -6,6 +6,7 @@ has been made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -59,7 +60,7 @@ def spreads(data: pd.DataFrame) -> pd.DataFrame:
 def figure_regimes(run: Run) -> Figure | None:
     """Accuracy of every set under each regime, one line a set, one panel an IPC; the spread above each regime."""
     data = drawing.values(run, "regimes")
-    if data is None:
+    if data is None or not len(data := data[data["setting"].isin(REGIMES)]):
         return None
     sets = data[data["ipc"].notna()].assign(method=lambda d: d["method"].replace(SHOWN))
     ipcs, methods = sorted(set(sets["ipc"])), list(dict.fromkeys(sets["method"]))
@@ -275,6 +276,10 @@ def figure_scaling(run: Run) -> Figure | None:
 def subsets(run: Run, objective: str) -> pd.DataFrame:
     """One row a set of the table of selectors: method, IPC, mean error of its students (%), loss, very poor or not."""
     rows = [r for r in run.results.values() if r["table"] == "selectors"]
+    judges = {_teacher(r) for r in rows if r["metric"] == objective}
+    if len(judges) > 1:  # teachers of several runs: losses of one alone can be compared
+        last = _teacher(max((r for r in rows if r["metric"] == objective), key=lambda r: r["finished"]))
+        rows = [r for r in rows if r["metric"] != objective or _teacher(r) == last]
     found = {(r["method"], r["ipc"], r["metric"]): r["mean"] for r in rows}
     sets = [s for s in dict.fromkeys((m, i) for m, i, _ in found) if {(*s, "accuracy"), (*s, objective)} <= set(found)]
     data = pd.DataFrame(
@@ -282,6 +287,11 @@ def subsets(run: Run, objective: str) -> pd.DataFrame:
         columns=["method", "ipc", "error", "loss"],
     )
     return data.assign(poor=very_poor(100 - data["error"], data["ipc"]) if len(data) else False)
+
+
+def _teacher(result: Mapping) -> str:
+    """When the teacher behind a result was finished, empty where it has none: another one has other losses."""
+    return next((s["finished"] for s in result.get("stages", ()) if s["stage"] == "teacher"), "")
 
 
 def correlations(run: Run, *, poor: bool = False) -> dict[str, DCS]:
