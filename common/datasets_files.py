@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -78,7 +79,11 @@ def set_folder(name: str, root: Path) -> Path:
 
 def advice(name: str) -> str:
     """How to get a set."""
-    return INFO[name].source if name in INFO else "put train/<class>/<image> and test/<class>/<image> there"
+    if name in INFO:
+        return INFO[name].source
+    near = get_close_matches(name, INFO, 1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"{meant}put train/<class>/<image> and test/<class>/<image> there; known by name are {', '.join(INFO)}"
 
 
 def find(name: str, root: Path, split: str) -> Listing:

@@ -167,6 +167,10 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"unknown action '{action}'; allowed: {', '.join(places)}")
     if len(rest) < places[action]:
         raise UsageError(f"{action} needs {'FILE' if places[action] == 1 else 'FILE and OUT'}")
+    for path in rest[:places[action]]:
+        if "=" in path and not Path(path).exists():
+            needs = "FILE" if places[action] == 1 else "FILE and OUT"
+            raise UsageError(f"{path} stands where a path belongs; {action} needs {needs}")
     paths, options = rest[:places[action]], parse(Options, rest[places[action]:], prog=prog, description=purpose)
     mean, std = NORMALISATION.get(options.normalisation, (None, None))
     distilled = load(paths[0], mean=mean, std=std, experiment=options.experiment)
@@ -176,6 +180,9 @@ def main(argv: list[str]) -> None:
         write_atomic(paths[1], grid(distilled.images, options.columns))
         print(f"picture: {paths[1]}")
     else:
+        belongs = {".safetensors": "safetensors", ".pt": "dc"}.get(Path(paths[1]).suffix, options.layout)
+        if belongs != options.layout:
+            raise UsageError(f"{paths[1]} is the name of a file of layout={belongs}, not of layout={options.layout}")
         write(distilled, paths[1], options.layout)
         print(f"written: {paths[1]}")
         if words := lost(distilled, options.layout):

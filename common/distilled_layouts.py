@@ -229,8 +229,9 @@ def _load_pt(path: str | Path) -> object:
         what = f"it asks for {found[1]}" if found else "it is not a plain pickle"
         raise ValueError(f"{path} is refused: {what}, and only tensors and plain containers are read") from None
     except Exception as error:  # a broken file can fail in any way
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path} is not a readable .pt file: {type(error).__name__} {reason}") from None
+        raise ValueError(
+            f"{path} is not a readable .pt file ({type(error).__name__}): cut short or damaged; copy it again"
+        ) from None
 
 
 def _from_normalised(path: str | Path, images: object, labels: object, mean: Sequence[float], std: Sequence[float],

@@ -22,7 +22,8 @@ README = ROOT.parent / "README.md"
 PAGE = ROOT.parent / "docs" / "results.md"  # which has the tables that the README has no room for
 STATUS = f"""\
 How many printed numbers have one of ours beside them: at `smoke`, on digits; at `small`, on the same data set, reduced;
-at `paper`, as published (reproduced: to two standard errors and {TOLERANCE_POINTS:g} point); no cell: not here."""
+at `paper`, as published (reproduced: to two standard errors and {TOLERANCE_POINTS:g} point); no cell: this repository
+has no run for it."""
 NOTE = "Top-1 accuracy (%) after the last epoch, mean ± deviation (students; random: own images)"
 BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end of results -->"
 

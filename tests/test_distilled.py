@@ -458,6 +458,15 @@ def test_command_line(tmp_path, capsys):
     assert said.count("not kept by layout=") == 2 and "written: " in said.splitlines()[-1]
     assert "mean and std" in said and ("soft labels" in said) == (made.soft_labels is not None)
     assert torch.equal(load(tmp_path / "tree.safetensors").uint8(), made.uint8())
+    safe = str(tmp_path / "set.safetensors")
+    for command, words in (
+        (["grid", safe, "columns=2"], "columns=2 stands where a path belongs; grid needs FILE and OUT"),
+        (["convert", safe, str(tmp_path / "x.pt")], "is the name of a file of layout=dc, not of layout=safetensors"),
+        (["convert", safe, safe, "layout=images"], "of layout=safetensors, not of layout=images"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(words)):
+            main(command)
+    assert not (tmp_path / "x.pt").exists() and not Path("columns=2").exists()
     for wrong in (["draw", "x"], ["info"], ["grid", "x"], ["info", str(source), "layout=jpeg"], ["info", "x", "y"]):
         with pytest.raises(UsageError):
             main(wrong)

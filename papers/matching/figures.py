@@ -60,6 +60,8 @@ def _pixels(run: Run, planned: Planned) -> Tensor | None:
         if kept.settings.get("stage") in keys:
             return kept.images
     made = drawing.entry(run, planned, "distill")
+    if made is None and planned.cell.method == RANDOM and planned.stages:  # drawn again, of the images that are there
+        made = run.lab.entry(next(s for s in planned.stages[0].all() if s.name == "distill"))
     return None if made is None else setting_of(run.lab, planned.setup).pixels(tested_images(made.tensors()))
 
 

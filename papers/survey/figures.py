@@ -35,9 +35,10 @@ def collected() -> pd.DataFrame:
 
 
 def _looks(families: list[str]) -> dict[str, dict]:
-    """A colour and a marker of its own for each family: twelve colours alone are not told apart."""
-    colours, markers = sns.color_palette("tab10"), "os^Dv<>PX*dph8"
-    return {f: {"color": colours[n % 10], "marker": markers[n % len(markers)]} for n, f in enumerate(families)}
+    """A colour and a marker of its own for each family, up to twenty and fourteen: strong colours first, then pale."""
+    pairs, markers = sns.color_palette("tab20"), "os^Dv<>PX*dph8"
+    colours = [*pairs[::2], *pairs[1::2]]
+    return {f: {"color": colours[n % 20], "marker": markers[n % len(markers)]} for n, f in enumerate(families)}
 
 
 def _legend_aside(figure: Figure, axes) -> None:
@@ -141,6 +142,7 @@ def figure_leaderboard(run: Run) -> Figure | None:
     text = (
         "The same student and recipe for every set, ordered by accuracy under hard labels (HL)"
         f"{words}. Compare bars of a colour: hard labels are learned with SGD, soft ones with AdamW."
+        " Where a bar is missing nothing was run."
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     return drawing.captioned(figure, text, run, data)
