@@ -228,7 +228,7 @@ def epochs_to_reach(curve: Mapping[int, float], share: float = 0.95, *, chance: 
 
 @dataclass(frozen=True)
 class Score:
-    """A value from mean accuracies, and its standard deviation from their spreads over seeds (taken as independent)."""
+    """A value from mean accuracies, and its deviation from their sample deviations over seeds, taken as independent."""
 
     value: float
     std: float
@@ -272,7 +272,7 @@ def _combined(*terms: tuple[float, float | Sequence[float]]) -> Score:
         if not accuracies.size or not ((accuracies >= 0) & (accuracies <= 1)).all():
             raise ValueError(f"accuracy {accuracies.tolist()} is not allowed; needs fractions in 0 to 1, not percent")
         value += factor * accuracies.mean()
-        variance += factor**2 * accuracies.var()
+        variance += factor**2 * accuracies.var(ddof=1) if accuracies.size > 1 else 0.0
     return Score(float(value), math.sqrt(variance))
 
 

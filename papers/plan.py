@@ -78,6 +78,7 @@ class Paper:
     tables: Mapping
     figures: Mapping
     not_run: Mapping = field(default_factory=dict)  # tables and figures of the print that have no place here, and why
+    summaries: Mapping = field(default_factory=dict)  # tables computed of results by functions beside the figures
 
     def cells_at(self, scale: str) -> list[Cell]:
         """All cells of the paper in printed order; the scale may leave out or change the settings of some."""
@@ -119,9 +120,11 @@ def _read(path: Path) -> dict:
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ValueError(f"{path}{f', line {mark.line + 1}' if mark else ''} cannot be read: {reason}") from error
     wanted = {"title", "scales", "cells", "tables", "figures"}
-    if not isinstance(content, dict) or set(content) - {"not_run"} != wanted:
-        raise ValueError(f"{path} must have exactly the keys {', '.join(sorted(wanted))}, and maybe not_run")
-    for part in ("scales", "tables", "figures", "not_run"):
+    maybe = {"not_run", "summaries"}
+    if not isinstance(content, dict) or set(content) - maybe != wanted:
+        keys, more = (", ".join(sorted(names)) for names in (wanted, maybe))
+        raise ValueError(f"{path} must have exactly the keys {keys}, and maybe {more}")
+    for part in ("scales", "tables", "figures", *maybe):
         if not isinstance(content.get(part, {}), dict):
             raise ValueError(f"{path}: {part} must be a mapping, not {content[part]!r}")
     if set(content["scales"]) != set(SCALES):

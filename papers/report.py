@@ -223,6 +223,24 @@ def write_extras(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     return _write(folder, name, {"csv": _csv(EXTRAS_COLUMNS, rows), "md": extras_markdown(rows)})
 
 
+def write_summary(name: str, caption: str, rows: Sequence[Row], folder: str | Path) -> list[Path]:
+    """Writes <name>.csv and .md of computed rows; in the latter a column "x std" stands behind ± in that of "x"."""
+    columns = list(rows[0])
+    shown = [c for c in columns if not c.endswith(" std")]
+
+    def text(row: Row, column: str) -> str:
+        value, std = row.get(column), row.get(f"{column} std")
+        if value is None or value != value:  # nan
+            return "-"
+        spread = f" ± {std:.1f}" if std is not None and std == std else ""
+        return f"{value:,.1f}{spread}" if isinstance(value, float) else str(value)
+
+    lines = [f"# {name}: {caption}", "", f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
+    lines += [f"| {' | '.join(text(row, column) for column in shown)} |" for row in rows]
+    given = [{c: None if row.get(c) != row.get(c) else row.get(c) for c in columns} for row in rows]
+    return _write(folder, name, {"csv": _csv(columns, given), "md": "\n".join(lines) + "\n"})
+
+
 def _table_id(rows: Sequence[Row]) -> str:
     tables = sorted({row["table"] for row in rows})
     if len(tables) != 1:

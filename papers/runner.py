@@ -6,6 +6,7 @@ python -m papers.runner paper=wmdd scale=paper only=table1/imagenette/10 budget=
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
@@ -443,8 +444,18 @@ def write_report(finished: Run) -> None:
             report.write_extras(extras, finished.folder)
     if finished.paper.not_run:
         write_atomic(finished.folder / "not_run.md", render.not_run(finished.paper.not_run).encode())
+    write_summaries(finished)
     figures = draw_figures(finished)
     print(f"\ntables in {finished.folder}; figures: {', '.join(figures) or 'none'}", flush=True)
+
+
+def write_summaries(finished: Run) -> None:
+    """Tables computed of the results, as CSV and Markdown; nothing where the plotting packages are not there."""
+    for name, caption in finished.paper.summaries.items():
+        with contextlib.suppress(ImportError):
+            rows = getattr(figures_of(finished.paper), name)(finished).to_dict("records")
+            if rows:
+                report.write_summary(name, caption, rows, finished.folder)
 
 
 def draw_figures(finished: Run) -> list[str]:

@@ -1,5 +1,6 @@
 """The survey as a user meets it: its leaderboard's cells and scores, figures of what it collects."""
 
+import csv
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -73,17 +74,31 @@ def test_scores_are_differences_and_rescaled_sums():
         result("DM", 10, "HL, no augmentation", 25.0), result("DM", 10, "SL+KD", 52.0),
         result("All training images", None, "HL", 85.0),
     ]  # fmt: skip
-    found = figures.scores(SimpleNamespace(results=dict(enumerate(rows)))).set_index("method")
+    found = figures.leaderboard_scores(SimpleNamespace(results=dict(enumerate(rows)))).set_index("method")
     dm = found.loc["DM"]
     assert dm["hard-label recovery"] == pytest.approx(40) and dm["over random, HL"] == pytest.approx(15)
     assert dm["over random, SL+KD"] == pytest.approx(2) and "over random, SL" not in dm.dropna()
     assert (dm["seconds to make"], dm["image bytes"]) == (3.0, 123)
     assert found["label bytes, SL"].to_dict() == pytest.approx({"Random": 400, "DM": float("nan")}, nan_ok=True)
+    assert (dm["hard-label recovery std"], dm["seconds of a teacher"]) == (0, 0)
     assert 0 < dm["label robust score"] < 100 and 0 < dm["augmentation robust score"] < 100
     assert found.loc["Random"].isna()["over random, HL"] and "All training images" not in found.index
     better = [*rows[:-2], result("DM", 10, "SL+KD", 60.0), rows[-1]]
-    more = figures.scores(SimpleNamespace(results=dict(enumerate(better)))).set_index("method").loc["DM"]
+    more = figures.leaderboard_scores(SimpleNamespace(results=dict(enumerate(better)))).set_index("method").loc["DM"]
     assert more["label robust score"] > dm["label robust score"]
+
+
+def test_scores_are_written_with_their_spreads(tmp_path):
+    rows = [result("Random", 10, "HL", 30.0, 32.0), result("DM", 10, "HL", 45.0, 47.0)]
+    found = figures.leaderboard_scores(SimpleNamespace(results=dict(enumerate(rows)))).to_dict("records")
+    report.write_summary("leaderboard_scores", "Scores (points)", found, tmp_path)
+    lines = (tmp_path / "leaderboard_scores.md").read_text().splitlines()
+    assert lines[0] == "# leaderboard_scores: Scores (points)" and len(lines) == 6 and " std" not in lines[2]
+    heads, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[2], lines[4]))
+    dm = dict(zip(heads, values, strict=True))
+    assert (dm["method"], dm["HL"], dm["SL"], dm["over random, HL"]) == ("DM", "46.0", "-", "15.0 ± 2.0")
+    (first, *_) = csv.DictReader((tmp_path / "leaderboard_scores.csv").open())
+    assert first["over random, HL std"] == "2.0" and first["label robust score"] == ""
 
 
 def test_collected_numbers_leave_the_doubtful_ones_out():

@@ -18,7 +18,7 @@ from papers import drawing, plan, report
 if TYPE_CHECKING:
     from papers.runner import Run
 
-__all__ = ["figure_compression", "figure_ipc", "figure_leaderboard", "figure_years", "scores"]
+__all__ = ["figure_compression", "figure_ipc", "figure_leaderboard", "figure_years", "leaderboard_scores"]
 
 TRAIN_IMAGES = {"CIFAR-10": 50_000, "CIFAR-100": 50_000, "Tiny ImageNet": 100_000, "ImageNet-1K": 1_281_167}
 CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "Tiny ImageNet": 200, "ImageNet-1K": 1000}
@@ -148,10 +148,11 @@ def figure_leaderboard(run: Run) -> Figure | None:
     return drawing.captioned(figure, text, run, data)
 
 
-def scores(run: Run) -> pd.DataFrame:
+def leaderboard_scores(run: Run) -> pd.DataFrame:
     """One row a set and IPC: accuracies, hard-label recovery, improvement over random, robust scores, seconds, bytes.
 
-    Scores are percentage points and percent; a score whose accuracies were not all run is missing.
+    Scores are percentage points and percent, each with the deviation that follows from its accuracies; one whose
+    accuracies were not all run is missing.
     """
     found = {(r["method"], r["ipc"], r["setting"]): r for r in run.results.values() if r["table"] == "leaderboard"}
     full = next((r for (m, _, _), r in found.items() if m == "All training images"), None)
@@ -160,27 +161,28 @@ def scores(run: Run) -> pd.DataFrame:
         return [v / 100 for v in found[method, ipc, setting]["values"]] if (method, ipc, setting) in found else None
 
     rows = []
-    for method, ipc in dict.fromkeys((m, i) for m, i, _ in found if i is not None):
+    for method, ipc in sorted(dict.fromkeys((m, i) for m, i, _ in found if i is not None), key=lambda key: key[::-1]):
         hard, plain, soft = (of(method, ipc, s) for s in ("HL", "HL, no augmentation", "SL+KD"))
         rivals = {s: of("Random", ipc, s) for s in SETTINGS}
         whole = [v / 100 for v in full["values"]] if full else None
+        scores: dict[str, scaling.Score | None] = {}
+        scores["hard-label recovery"] = scaling.hard_label_recovery(whole, hard) if whole and hard else None
+        for setting in SETTINGS:
+            both = method != "Random" and (ours := of(method, ipc, setting)) and rivals[setting]
+            scores[f"over random, {setting}"] = scaling.improvement_over_random(ours, rivals[setting]) if both else None
+        both = method != "Random" and whole and hard and soft and rivals["SL+KD"]
+        scores["label robust score"] = scaling.label_robust_score(soft, rivals["SL+KD"], whole, hard) if both else None
+        both = method != "Random" and hard and plain and rivals["HL"] and rivals["HL, no augmentation"]
+        four = hard, rivals["HL"], plain, rivals["HL, no augmentation"]
+        scores["augmentation robust score"] = scaling.augmentation_robust_score(*four) if both else None
+        cell = found.get((method, ipc, "HL")) or next(r for (m, i, _), r in found.items() if (m, i) == (method, ipc))
+        seconds = {name: s for name, s in cell["seconds"].items() if name not in ("students", "evaluate")}
         row = {"method": method, "ipc": ipc}
         row |= {s: found[method, ipc, s]["mean"] if (method, ipc, s) in found else None for s in SETTINGS}
-        if whole and hard:
-            row["hard-label recovery"] = 100 * scaling.hard_label_recovery(whole, hard).value
-        if method != "Random":
-            for setting in SETTINGS:
-                if (ours := of(method, ipc, setting)) and rivals[setting]:
-                    row[f"over random, {setting}"] = 100 * scaling.improvement_over_random(ours, rivals[setting]).value
-            if whole and hard and soft and rivals["SL+KD"]:
-                row["label robust score"] = 100 * scaling.label_robust_score(soft, rivals["SL+KD"], whole, hard).value
-            if hard and plain and rivals["HL"] and rivals["HL, no augmentation"]:
-                score = scaling.augmentation_robust_score(hard, rivals["HL"], plain, rivals["HL, no augmentation"])
-                row["augmentation robust score"] = 100 * score.value
-        cell = found.get((method, ipc, "HL")) or next(r for (m, i, _), r in found.items() if (m, i) == (method, ipc))
-        row |= {"seconds to make": sum(s for name, s in cell["seconds"].items() if name != "students")}
+        for name, score in scores.items():
+            row |= {name: score and 100 * score.value, f"{name} std": score and 100 * score.std}
+        row |= {"seconds of a teacher": seconds.pop("teacher", 0.0), "seconds to make": sum(seconds.values())}
         row |= {"image bytes": cell["bytes"]["images"]}
-        if (method, ipc, "SL") in found:  # under SL+KD none are stored, and the teacher itself is needed
-            row |= {"label bytes, SL": found[method, ipc, "SL"]["bytes"]["labels"]}
-        rows.append(row)
+        soft_cell = found.get((method, ipc, "SL"))  # under SL+KD none are stored, and the teacher itself is needed
+        rows.append(row | {"label bytes, SL": soft_cell and soft_cell["bytes"]["labels"]})
     return pd.DataFrame(rows)
