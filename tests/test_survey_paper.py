@@ -113,7 +113,7 @@ def test_collected_numbers_leave_the_doubtful_ones_out():
 
 
 def test_the_teachers_of_the_leaderboard_are_named():
-    """Each accuracy of a teacher behind a committed cell stands in the quirks: columns are of one recipe, not one run."""
+    """The accuracy of each teacher behind a committed cell stands in the quirks: one recipe is not one run."""
     cells = report.load_cells(ROOT.parent / "tables" / "survey" / "small" / "cells")
     used = {f"{cell['teacher_accuracy']:.1f} %" for cell in cells if cell["teacher_accuracy"]}
     text = (ROOT / "survey" / "quirks.md").read_text(encoding="utf-8").partition("## The leaderboard")[2]
