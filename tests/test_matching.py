@@ -66,8 +66,8 @@ def test_a_set_kept_beside_the_results_is_drawn_without_the_store(smoke, tmp_pat
     export.main(["paper=matching", "scale=smoke", "device=cpu", f"store={smoke.args.store}", f"out={kept}/sets",
                  "only=table1/cifar-10/dm/1,table1/cifar-10/dc/1"])  # fmt: skip
     assert figures.figure_images(replace(smoke, lab=empty, folder=kept)) is not None
-    assert len(before) == 8 and len(shown) == 2  # DC and DM, second and fourth of all
-    torch.testing.assert_close(torch.stack([shown[0], shown[1]]), torch.stack([before[1], before[3]]))
+    assert len(before) == 8 and len(shown) == 3  # random real images, drawn again, DC and DM: first, second and fourth
+    torch.testing.assert_close(torch.stack([*shown.values()]), torch.stack([before[0], before[1], before[3]]))
 
 
 def test_plan_of_the_published_scale_names_the_missing_sets(tmp_path):
