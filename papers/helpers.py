@@ -77,8 +77,8 @@ def run_cells(planned: list[Planned], lab: Lab, folder: Path, args: Args) -> Non
     torch.set_num_threads(threads)
     print(f"stages at once: {args.workers}, threads of each: {threads}", flush=True)
     try:
-        with helpers(args, lab, threads):
-            budget, ahead = Budget(args, lab), Ahead(lab)
+        budget, ahead = Budget(args, lab), Ahead(lab)
+        with helpers(args, lab, threads, budget.start):
             queue = budget.queue(planned)
             for number, p in enumerate(queue, 1):
                 if not budget.allows(p):
@@ -101,9 +101,12 @@ def affordable(cells: list[Planned], budget: Budget) -> list[Planned]:
 
 
 @contextlib.contextmanager
-def helpers(args: Args, lab: Lab, threads: int) -> Iterator[None]:
-    """`args.workers` - 1 helpers work in this block.  They listen to a pipe: it closes when this process ends."""
-    job = asdict(args) | {"device": str(lab.device), "precision": lab.precision}
+def helpers(args: Args, lab: Lab, threads: int, start: float) -> Iterator[None]:
+    """`args.workers` - 1 helpers work in this block, within the budget that counts from `start` on the monotonic clock.
+
+    They listen to a pipe: it closes when this process ends.
+    """
+    job = {"args": asdict(args) | {"device": str(lab.device), "precision": lab.precision}, "start": start}
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # bars of many at once are no progress
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     command = [sys.executable, "-m", "papers.helpers"]
@@ -124,11 +127,11 @@ def helpers(args: Args, lab: Lab, threads: int) -> Iterator[None]:
             helper.wait()
 
 
-def help_with(args: Args) -> None:
-    """Make stages of the run's cells until none is left that could be made."""
+def help_with(args: Args, start: float) -> None:
+    """Make stages of the run's cells until none is left that could be made; `start` is when the run began."""
     lab = runner.lab_of(args)
     planned = runner.make_plan(args, load_paper(args.paper), lab)
-    budget, ahead = Budget(args, lab), Ahead(lab)
+    budget, ahead = Budget(args, lab, start), Ahead(lab)
     queue = budget.queue(planned)
     while wanted := [p for p in affordable(queue, budget) if ahead.wants(p)]:
         if not ahead.make_one(wanted):
@@ -144,7 +147,8 @@ def end_with_the_run() -> None:
 def main() -> None:
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=end_with_the_run, daemon=True).start()
-    help_with(Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in job.items()}))
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in job["args"].items()}
+    help_with(Args(**args), job["start"])
 
 
 if __name__ == "__main__":

@@ -310,8 +310,10 @@ def engine(args: Args):
 class Budget:
     """Which cells may start: all of them without budget=, else the cheapest first until the time is used up."""
 
-    def __init__(self, args: Args, lab: Lab):
-        self.text, self.limit, self.lab, self.start = args.budget, seconds(args.budget), lab, time.monotonic()
+    def __init__(self, args: Args, lab: Lab, start: float | None = None):
+        """`start`: when the time began to count, on the monotonic clock that all processes share; None is now."""
+        self.text, self.limit, self.lab = args.budget, seconds(args.budget), lab
+        self.start = time.monotonic() if start is None else start
         self.limited = self.limit < float("inf")
         self.rate = speed(lab) if self.limited else 1.0
 

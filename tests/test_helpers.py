@@ -175,6 +175,14 @@ def test_a_cell_beyond_the_budget_is_left_to_later_by_all(tmp_path):
     assert os.listdir(tmp_path / "tables")
 
 
+def test_the_budget_of_a_helper_counts_from_the_start_of_the_run(tmp_path):
+    args = given(tmp_path, "budget=1h")
+    helpers.help_with(args, start=time.monotonic() - 3601)  # the run began an hour ago: nothing may start
+    assert not list((tmp_path / "runs").glob("*/*/manifest.json"))
+    helpers.help_with(args, start=time.monotonic())
+    assert list((tmp_path / "runs").glob("*/*/manifest.json"))
+
+
 def test_a_cell_that_was_let_in_is_finished_beyond_the_budget(lab, monkeypatch):
     """Its stages take longer than estimated: it is not offered as one that may start, and goes on all the same."""
     factory = Factory(lab)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common import distilled
-from common.matching import tested_images
+from common.matching import random_subset, tested_images
 from papers import drawing
 from papers.matching_stages import setting_of
 from papers.report import RANDOM
@@ -53,16 +53,19 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
 
 def _pixels(run: Run, planned: Planned) -> Tensor | None:
     """The set behind a cell's number, as pixels [M, C, H, W]: kept beside the results, or in the store; or None."""
-    stages = run.results.get(planned.cell.id, {}).get("stages", ())
-    keys = {stage["key"] for stage in stages if stage["stage"] == "distill"}
+    result = run.results.get(planned.cell.id, {})
+    keys = {stage["key"] for stage in result.get("stages", ()) if stage["stage"] == "distill"}
     for path in sorted((run.folder / "sets").glob("*.safetensors")):
         kept = distilled.load(path)
         if kept.settings.get("stage") in keys:
             return kept.images
     made = drawing.entry(run, planned, "distill")
-    if made is None and planned.cell.method == RANDOM and planned.stages:  # drawn again, of the images that are there
-        made = run.lab.entry(next(s for s in planned.stages[0].all() if s.name == "distill"))
-    return None if made is None else setting_of(run.lab, planned.setup).pixels(tested_images(made.tensors()))
+    if made is not None:
+        return setting_of(run.lab, planned.setup).pixels(tested_images(made.tensors()))
+    if planned.cell.method == RANDOM and planned.stages:  # drawn again, of the images that are there
+        on = setting_of(run.lab, planned.setup)
+        return on.pixels(random_subset(on, planned.cell.ipc, result.get("seeds", (0,))[0])["images"])
+    return None
 
 
 def figure_accuracy(run: Run) -> Figure | None:
