@@ -101,6 +101,16 @@ def test_scores_are_written_with_their_spreads(tmp_path):
     assert first["over random, HL std"] == "2.0" and first["label robust score"] == ""
 
 
+def test_the_leaderboard_stands_beside_what_is_printed_of_each_family():
+    rows = [result("DM", 10, "HL", 45.0), result("WMDD", 1, "HL", 11.0), result("K-centers", 10, "HL", 30.0)]
+    found = figures.leaderboard_printed(SimpleNamespace(results=dict(enumerate(rows)))).set_index("method")
+    dm, wmdd = found.loc["DM"], found.loc["WMDD"]
+    assert (dm["ours, HL"], dm["printed"], dm["family"], dm["methods"]) == (45.0, 48.9, "distribution", 9)
+    assert dm["family, least"] <= dm["family, median"] <= dm["family, most"] == 70.8 and dm["which has most"] == "DANCE"
+    assert wmdd["family"] == "distribution" and not wmdd["printed"] > 0  # its family is known, a number on CIFAR-10 not
+    assert "K-centers" not in found.index
+
+
 def test_collected_numbers_leave_the_doubtful_ones_out():
     rows = report.load_reported(ROOT / "survey" / "reported.csv")
     data = figures.collected()

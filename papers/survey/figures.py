@@ -18,7 +18,10 @@ from papers import drawing, plan, report
 if TYPE_CHECKING:
     from papers.runner import Run
 
-__all__ = ["figure_compression", "figure_ipc", "figure_leaderboard", "figure_years", "leaderboard_scores"]
+__all__ = [
+    "figure_compression", "figure_ipc", "figure_leaderboard", "figure_years", "leaderboard_printed",
+    "leaderboard_scores",
+]  # fmt: skip
 
 TRAIN_IMAGES = {"CIFAR-10": 50_000, "CIFAR-100": 50_000, "Tiny ImageNet": 100_000, "ImageNet-1K": 1_281_167}
 CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "Tiny ImageNet": 200, "ImageNet-1K": 1000}
@@ -29,9 +32,14 @@ def collected() -> pd.DataFrame:
     """The accuracies of Table 2 that are not doubtful, with family and year of their method."""
     data = pd.DataFrame(report.load_reported(plan.ROOT / "survey" / "reported.csv"))
     data = data[(data["table"] == "table2") & ~data["note"].str.startswith("doubtful:")]
-    methods = pd.read_csv(plan.ROOT / "survey" / "methods.csv").drop_duplicates("method").set_index("method")
+    methods = _methods()
     years = methods["cited_year"].fillna(methods["year"])
     return data.assign(family=data["setting"], year=data["method"].map(years), accuracy=data["value"])
+
+
+def _methods() -> pd.DataFrame:
+    """Family, network and years of the survey's methods, by name."""
+    return pd.read_csv(plan.ROOT / "survey" / "methods.csv").drop_duplicates("method").set_index("method")
 
 
 def _looks(families: list[str]) -> dict[str, dict]:
@@ -185,4 +193,26 @@ def leaderboard_scores(run: Run) -> pd.DataFrame:
         row |= {"image bytes": cell["bytes"]["images"]}
         soft_cell = found.get((method, ipc, "SL"))  # under SL+KD none are stored, and the teacher itself is needed
         rows.append(row | {"label bytes, SL": soft_cell and soft_cell["bytes"]["labels"]})
+    return pd.DataFrame(rows)
+
+
+def leaderboard_printed(run: Run) -> pd.DataFrame:
+    """One row a set and IPC whose method the survey has: our accuracies, and what it prints of the method's family.
+
+    Every printed number is of the protocol and network of its own paper, so none is to be subtracted from ours.
+    """
+    data = collected()
+    data = data[data["dataset"] == "CIFAR-10"]
+    families = _methods()["family"]
+    rows = []
+    for ours in leaderboard_scores(run).to_dict("records"):
+        method, ipc = ours["method"], ours["ipc"]
+        if method not in families:
+            continue
+        kin = data[(data["family"] == families[method]) & (data["ipc"] == ipc)].set_index("method")["accuracy"]
+        row = {"method": method, "ipc": ipc} | {f"ours, {setting}": ours[setting] for setting in ("HL", "SL+KD")}
+        row |= {"printed": kin.get(method), "family": families[method], "methods": len(kin)}
+        words = {"least": "min", "median": "median", "most": "max"}
+        row |= {f"family, {word}": kin.agg(what) if len(kin) else None for word, what in words.items()}
+        rows.append(row | {"which has most": kin.idxmax() if len(kin) else "-"})
     return pd.DataFrame(rows)
