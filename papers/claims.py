@@ -24,8 +24,8 @@ students), what it was run on, and the commit and hardware. Numbers of digits (`
 and claim nothing; they are counted, and lie in `tables/<paper>/smoke`. With published settings a number is `reproduced`
 where the means lie within two standard errors of their difference and {TOLERANCE_POINTS:g} point, else it `differs`;
 reduced settings or other data are `not comparable`; a printed number of another data set has its name behind it.
-Each row's cell is run again by `bash run_all.sh paper=PAPER scale=SCALE only=CELL data=FOLDER`; its settings stand in
-`tables/PAPER/SCALE/cells/`.
+Each row's cell is run again by `bash run_all.sh paper=PAPER scale=SCALE only=CELL data=FOLDER`, and leads to its result
+file: settings, every seed, seconds of each stage, versions, the command. Figures are drawn from the same files.
 
 Written by `python -m papers.claims`.
 """
@@ -53,11 +53,20 @@ def section(name: str, found: dict[str, list]) -> str:
         counts = Counter(status[row_key(c)] for c in cells)
         lines.append(f"`{scale}`: {len(cells)} cells run: {', '.join(f'{n} {what}' for what, n in counts.items())}.")
         if scale != "smoke":
-            rows += [row(c, scale, status[row_key(c)], printed_for(paper, c, printed)) for c in cells]
+            rows += [row(c, name, scale, status[row_key(c)], printed_for(paper, c, printed)) for c in cells]
     if rows:
-        heads = ("scale", "cell", "printed", "ours", "status", "run on", "seconds", "commit", "hardware")
+        heads = ("scale", "cell", "printed", "ours", "status", "run on", "seconds", "finished", "commit", "hardware")
         lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *rows]
+    drawn = [figure(name, scale, *of) for scale in found if scale != "smoke" for of in paper.figures.items()]
+    if any(drawn):
+        lines += ["", "| scale | figure | what it shows |", "|---|---|---|", *filter(None, drawn)]
     return "\n".join([*lines, ""])
+
+
+def figure(paper: str, scale: str, name: str, caption: str) -> str:
+    """One line of the table of figures, or nothing where it was not drawn."""
+    file = f"tables/{paper}/{scale}/{name}.png"
+    return f"| {scale} | [{name}](../{file}) | {caption} |" if (ROOT.parent / file).is_file() else ""
 
 
 def row_key(cell: dict) -> tuple:
@@ -89,7 +98,7 @@ def printed_for(paper, cell: dict, printed: list) -> dict | None:
     return next((r for r in printed if all(r[k] == cell[k] for k in KEY)), None)
 
 
-def row(cell: dict, scale: str, status: str, theirs: dict | None) -> str:
+def row(cell: dict, paper: str, scale: str, status: str, theirs: dict | None) -> str:
     """One line of the table."""
     number = "-" if theirs is None else f"{theirs['value']:g}"
     number += f" ± {theirs['std']:g}" if theirs and theirs["std"] is not None else ""
@@ -98,8 +107,9 @@ def row(cell: dict, scale: str, status: str, theirs: dict | None) -> str:
     ours = f"{cell['mean']:.2f}" + (f" ± {cell['std']:.2f}" if count > 1 else "") + f" ({count})"
     commit, _, changed = (cell.get("commit") or "-").partition("+")
     seconds, commit = sum(cell["seconds"].values()), commit[:10] + ("+" + changed if changed else "")
-    what = (scale, f"`{cell['cell']}`", number, ours, status, cell["run_on"])
-    texts = (*what, f"{seconds:.0f}", commit, cell["hardware"])
+    file = f"../tables/{paper}/{scale}/cells/{cell['cell'].replace('/', '_')}.json"
+    what = (scale, f"[`{cell['cell']}`]({file})", number, ours, status, cell["run_on"])
+    texts = (*what, f"{seconds:.0f}", cell["finished"][:10], commit, cell["hardware"])
     return "| " + " | ".join(texts) + " |"
 
 

@@ -20,8 +20,17 @@ def test_every_number_on_real_images_has_a_row_and_no_number_of_digits_has():
     for paper in papers():
         for scale in SCALES:
             for cell in load_cells(TABLES / paper / scale / "cells"):
-                listed = f"| {scale} | `{cell['cell']}` |" in text
+                file = f"../tables/{paper}/{scale}/cells/{cell['cell'].replace('/', '_')}.json"
+                listed = f"| {scale} | [`{cell['cell']}`]({file}) |" in text
+                assert (claims.PAGE.parent / file).is_file()
                 assert listed == (scale != "smoke"), cell["cell"]
+
+
+def test_every_figure_of_real_images_has_a_row():
+    text = claims.page(TABLES)
+    folders = (TABLES / paper / scale for paper in papers() for scale in ("small", "paper"))
+    drawn = [file for folder in folders for file in folder.glob("figure*.png")]
+    assert drawn and all(f"(../{file.relative_to(TABLES.parent)})" in text for file in drawn)
 
 
 def cell(tmp_path, **changes):
