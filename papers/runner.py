@@ -133,7 +133,10 @@ class Run:
 
 
 def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
-    """Every selected cell with its stages, or with why it cannot run (missing data, settings, not in this scale)."""
+    """Every selected cell with its stages, or with why it cannot run (missing data, settings, not in this scale).
+
+    ValueError where the scale has none of the cells that `only` names.
+    """
     scale = paper.scales[args.scale]
     seeds = args.seeds or tuple(scale["seeds"])
     out, missing = [], {}
@@ -164,6 +167,11 @@ def make_plan(args: Args, paper: Paper, lab: Lab) -> list[Planned]:
                 out.append(Planned(cell, setup, why=missing[setup.sets]))
             except ValueError as error:  # of this cell alone
                 out.append(Planned(cell, setup, why=f"failed: {error}"))
+    named = [p for p in out if p.cell.id in chosen]
+    if args.only and all(p.setup is None and p.why == scale["why_missing"] for p in named):
+        count = f"none of the {len(named)} cells" if len(named) > 1 else "no cell"
+        only = ",".join(args.only)
+        raise ValueError(f"scale={args.scale} has {count} that only={only} names: {scale['why_missing']}")
     return out
 
 

@@ -201,6 +201,14 @@ def test_a_run_without_any_of_its_data_is_an_error_and_writes_nothing(tmp_path, 
     assert not (tmp_path / "tables").exists()
 
 
+def test_cells_that_the_scale_has_not_are_an_error_and_write_nothing(tmp_path, capsys):
+    given = ["paper=survey", "scale=smoke", "device=cpu", f"out={tmp_path}/tables", f"store={tmp_path}/runs"]
+    assert runner.main([*given, "only=leaderboard/cifar-10/rded"]) == 1
+    words = "scale=smoke has none of the 8 cells that only=leaderboard/cifar-10/rded names: not part of smoke"
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "tables").exists()
+
+
 def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path, capsys):
     runner.run(arguments(tmp_path, "dry_run=true", "only=table1/imagenette/10"))
     text = capsys.readouterr().out
