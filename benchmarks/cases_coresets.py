@@ -1,4 +1,4 @@
-"""What benchmarks/speed.py measures of coresets: choosing the images of one class of CIFAR-10, given the bank."""
+"""What benchmarks/speed.py measures of coresets: choosing images of CIFAR-10, of one class or all, given the bank."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ METHODS = tuple(name for name in coresets.METHODS if name != "el2n_best")  # who
 
 
 @functools.cache
-def bank() -> coresets.Bank:
-    """Of one class, number 0: every array, at random."""
-    g = rng("bank")
+def bank(classes: int = 1) -> coresets.Bank:
+    """Of the first classes: every array, at random."""
+    g, labels = rng("bank"), torch.arange(classes).repeat_interleave(COUNT)
     rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
-    error = (4 * rand(COUNT, CLASSES)).softmax(1)
-    error[:, 0] -= 1
+    error = (4 * rand(len(labels), CLASSES)).softmax(1)
+    error[torch.arange(len(labels)), labels] -= 1
     over_epochs = ("p_true", "p_true_train", "el2n", "correct", "margin", "entropy", "conf", "logit", "h_norm")
-    forgets = torch.randint(-1, 9, (COUNT,), generator=g, dtype=torch.int16)
+    forgets = torch.randint(-1, 9, labels.shape, generator=g, dtype=torch.int16)
     return coresets.Bank(
-        torch.zeros(COUNT, dtype=torch.int64), **{name: rand(EPOCHS, COUNT) for name in over_epochs},
-        forget_train=forgets, h_final=rand(COUNT, WIDTH).half(), err_final=error,
+        labels, **{name: rand(EPOCHS, len(labels)) for name in over_epochs},
+        forget_train=forgets, h_final=rand(len(labels), WIDTH).half(), err_final=error,
     )  # fmt: skip
 
 
-def ours(method: str, answer: Callable, device: torch.device) -> None:
-    config, known, generator = coresets.Config(method=method, ipc=IPC), bank(), rng("choice")
+def ours(method: str, classes: int, answer: Callable, device: torch.device) -> None:
+    config, known, generator = coresets.Config(method=method, ipc=IPC), bank(classes), rng("choice")
     while True:
         coresets.select(known, known.labels, config, generator=generator, device=device)
         answer()
@@ -53,8 +53,8 @@ def plain_facility(answer: Callable, device: torch.device) -> None:
         answer()
 
 
-def form(method: str) -> Form:
-    return Form(functools.partial(ours, method))
+def form(method: str, classes: int = 1) -> Form:
+    return Form(functools.partial(ours, method, classes))
 
 
 CASES = {
@@ -65,5 +65,9 @@ CASES = {
     ),
     "coresets50": Case(
         f"every selector, {IPC} {WHAT}", None, {method: form(method) for method in METHODS}, one_at_a_time=True
+    ),
+    "coresets500": Case(
+        f"every selector, {IPC} of each of ten classes, the size of CIFAR-10, with {WIDTH:,} features", None,
+        {method: form(method, CLASSES) for method in METHODS}, one_at_a_time=True,
     ),
 }
