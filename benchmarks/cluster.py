@@ -35,7 +35,7 @@ from benchmarks import speed
 from common import cli
 from common.hardware import hardware, made
 from common.store import write_atomic
-from papers import cluster, runner
+from papers import cluster, planning, runner
 from papers.plan import load_paper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def overhead(folder: str) -> float:
     for who in ("here", "worker"):
         args = given(f"{folder}/{who}", seeds, "workers=1")
         lab = runner.lab_of(args)
-        cell = next(p for p in runner.make_plan(args, load_paper(args.paper), lab) if p.stages)
+        cell = next(p for p in planning.make_plan(args, load_paper(args.paper), lab) if p.stages)
         images = {lab.key(stage): stage for top in cell.stages for stage in top.needs}
         first = dict(list(images.items())[:WARM_UP])
         crew = cluster.Crew(lab, args) if who == "worker" else None
@@ -108,8 +108,8 @@ def grid(folder: str, options: Options) -> None:
     args = replace(given(folder), seeds=tuple(seeds), workers=options.workers)
     lab = runner.lab_of(args)
     with timed("plan: cells, stages, keys, what is missing"):
-        planned = [p for p in runner.make_plan(args, load_paper(args.paper), lab) if p.stages]
-        stages = [runner.pending(p, lab) for p in planned]
+        planned = [p for p in planning.make_plan(args, load_paper(args.paper), lab) if p.stages]
+        stages = [planning.pending(p, lab) for p in planned]
     print(f"  {sum(map(len, stages))} stages")
     with mock.patch.object(cluster, "work", nothing):
         crew = cluster.Crew(lab, args)

@@ -25,11 +25,11 @@ import torch
 
 from common.hardware import own_cpus, threads_each
 from common.store import write_atomic
-from papers import matching_stages, runner
+from papers import matching_stages, planning, runner
 from papers.arguments import Args
 from papers.matching_stages import MatchingSetup
 from papers.plan import Cell, load_paper
-from papers.runner import Planned
+from papers.planning import Planned
 from papers.setups import setup_of
 from papers.stages import Lab, Stage
 
@@ -178,7 +178,7 @@ def bench(args: Args) -> tuple[Lab, Mapping, dict[str, Cell]]:
 @functools.cache
 def cell_stages(args: Args, name: str) -> dict[str, Stage]:
     lab, scale, cells = bench(args)
-    tops = runner.stages_of(cells[name], setup_of(scale, cells[name]), lab, args.seeds or tuple(scale["seeds"]))
+    tops = planning.stages_of(cells[name], setup_of(scale, cells[name]), lab, args.seeds or tuple(scale["seeds"]))
     return {lab.key(stage): stage for top in tops for stage in top.all()}
 
 
@@ -333,7 +333,7 @@ class _Progress:
         self.left: dict[str, int] = {}  # cell -> stages it still waits for
 
     def start(self, p: Planned) -> None:
-        missing = runner.pending(p, self.lab)
+        missing = planning.pending(p, self.lab)
         self.crew.submit(p.cell.id, missing, is_large(p, self.lab))
         self.left[p.cell.id] = 0
         for key in missing:

@@ -19,7 +19,8 @@ from papers import report
 from papers.render import stood_for
 
 if TYPE_CHECKING:
-    from papers.runner import Planned, Run
+    from papers.planning import Planned
+    from papers.runner import Run
 
 __all__ = [
     "ASIDE", "IPC_AXIS", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry", "error_bars",

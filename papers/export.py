@@ -14,11 +14,11 @@ from pathlib import Path
 from common import cli
 from common.distilled import SUFFIX, DistilledSet, write
 from common.store import Entry
-from papers import committed, matching_stages, runner
+from papers import committed, matching_stages, planning, runner
 from papers.arguments import Args, completed
 from papers.matching_stages import MatchingSetup
 from papers.plan import load_paper
-from papers.runner import Planned
+from papers.planning import Planned
 from papers.setups import Setup
 from papers.stages import Lab, Stage
 
@@ -100,10 +100,10 @@ def export(args: Args, out: Path, layout: str = "safetensors") -> list[Path]:
     RuntimeError where there is none.
     """
     lab = runner.lab_of(args)
-    planned = runner.make_plan(args, load_paper(args.paper), lab)
+    planned = planning.make_plan(args, load_paper(args.paper), lab)
     sets, written, lacking = wanted(planned, lab), [], defaultdict(list)
     for p in planned:
-        if not p.stages and runner.told(p):
+        if not p.stages and planning.told(p):
             lacking[p.why].append(p.cell.id)
     for key, found in sets.items():
         if committed.SET in found.stage.settings:

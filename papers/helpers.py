@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from common.hardware import threads_each
-from papers import runner
+from papers import planning, runner
 from papers.arguments import Args
 from papers.plan import load_paper
-from papers.runner import Budget, Planned
+from papers.planning import Planned
+from papers.runner import Budget
 from papers.stages import Lab, Stage
 
 __all__ = ["Ahead", "run_cells"]
@@ -130,7 +131,7 @@ def helpers(args: Args, lab: Lab, threads: int, start: float) -> Iterator[None]:
 def help_with(args: Args, start: float) -> None:
     """Make stages of the run's cells until none is left that could be made; `start` is when the run began."""
     lab = runner.lab_of(args)
-    planned = runner.make_plan(args, load_paper(args.paper), lab)
+    planned = planning.make_plan(args, load_paper(args.paper), lab)
     budget, ahead = Budget(args, lab, start), Ahead(lab)
     queue = budget.queue(planned)
     while wanted := [p for p in affordable(queue, budget) if ahead.wants(p)]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from common import cli, distributed, teachers
 from common.store import Product
 from common.views import Recipe
-from papers import arguments, runner
+from papers import arguments, planning, runner
 from papers.plan import load_paper, select
 from papers.stages import Lab, Stage
 
@@ -44,7 +44,7 @@ def lab_of(args: arguments.Args) -> Lab:
 def teacher_stages(args: arguments.Args) -> dict[str, Stage]:
     """The teacher stages of the cells that can run, by key; ValueError where there are none."""
     lab = lab_of(args)
-    planned = runner.make_plan(args, load_paper(args.paper), lab)
+    planned = planning.make_plan(args, load_paper(args.paper), lab)
     stages = {lab.key(s): s for p in planned for top in p.stages for s in top.all() if s.name == "teacher"}
     if not stages:
         asked = {cell.id for cell in select([p.cell for p in planned], args.only, args.skip)}

@@ -14,7 +14,7 @@ import pytest
 from common import matching
 from common.cli import UsageError
 from common.store import Damaged, Store
-from papers import arguments, cluster, runner
+from papers import arguments, cluster, planning, runner
 
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM, DM = "table1/cifar-10/random/convnet/1/own", "table1/cifar-10/dm/convnet/1/own"
@@ -93,10 +93,10 @@ def test_without_a_shared_store_results_travel(ray, serial, tmp_path, monkeypatc
 def test_a_worker_finds_every_stage_of_the_plan_by_its_key(paper, tmp_path):
     args = runner.parse([f"paper={paper}", "scale=smoke", "device=cpu", "seeds=3", f"store={tmp_path}"])
     lab = runner.lab_of(args)
-    planned = [p for p in runner.make_plan(args, runner.load_paper(paper), lab) if p.stages]
+    planned = [p for p in planning.make_plan(args, runner.load_paper(paper), lab) if p.stages]
     job = cluster.for_workers(args, lab)
     for p in planned:
-        assert set(cluster.cell_stages(job, p.cell.id)) == set(runner.pending(p, lab))
+        assert set(cluster.cell_stages(job, p.cell.id)) == set(planning.pending(p, lab))
         assert not cluster.is_large(p, lab)
     with pytest.raises(RuntimeError, match="its code, packages or data are not the driver's"):
         cluster.make(job, planned[0].cell.id, "another key", {})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import distilled, matching
-from papers import committed, export, matching_stages, runner
+from papers import committed, export, matching_stages, planning, runner
 from papers.plan import ROOT, load_paper
 
 RUN = ["scale=smoke", "seeds=0", "device=cpu"]
@@ -44,7 +44,7 @@ def reads(tmp_path, *more: str, change=None) -> bool:
     """Whether a cell of natural_mixing, which tests the sets of matching, reads a committed one."""
     args = runner.parse([*MIXING, f"store={tmp_path / 'own'}", f"out={tmp_path / 'out'}", *more])
     lab = runner.lab_of(args)
-    (p,) = (p for p in runner.make_plan(args, load_paper(args.paper), lab) if p.stages)
+    (p,) = (p for p in planning.make_plan(args, load_paper(args.paper), lab) if p.stages)
     stage = matching_stages.images(lab, change(p.setup) if change else p.setup, "dm", 0)
     return committed.SET in stage.settings
 

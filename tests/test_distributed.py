@@ -22,7 +22,7 @@ from common.datasets import load
 from common.store import Checkpoint, Product, Store
 from common.train import fit
 from common.views import Recipe, views
-from papers import runner, teacher
+from papers import planning, runner, teacher
 from tests.image_trees import damage, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,7 +218,7 @@ def test_an_ordinary_run_finds_the_teacher(tmp_path, capfd):
     assert "training, processes: 2" in done.stdout and done.stdout.count("%, ") == 1
     args = runner.parse([*arguments, "seeds=0"])
     lab = runner.lab_of(args)
-    stages = [s for p in runner.make_plan(args, runner.load_paper("nrr_dd"), lab) for s in p.stages]
+    stages = [s for p in planning.make_plan(args, runner.load_paper("nrr_dd"), lab) for s in p.stages]
     (ours,) = {lab.key(s): s for top in stages for s in top.all() if s.name == "teacher"}.values()
     entry = lab.store.get("teacher", lab.key(ours))
     assert entry is not None and entry.meta["processes"] == 2 and not list(entry.path.parent.glob("*.work"))

@@ -8,7 +8,7 @@ import torch
 from common import distilled, matching
 from common.hardware import recorded
 from common.store import Product
-from papers import export, image_stages, matching_stages, runner
+from papers import export, image_stages, matching_stages, planning, runner
 from papers.plan import load_paper
 
 MATCHING = ["paper=matching", "scale=smoke", "only=table1/cifar-10/dm/1,table1/cifar-10/random/1", "seeds=0,1"]
@@ -26,7 +26,7 @@ def planned(store, arguments: list[str]) -> tuple:
     """The lab and the sets behind some cells, with their keys."""
     args = runner.parse([*arguments, f"store={store}", "device=cpu"])
     lab = runner.lab_of(args)
-    return lab, list(export.wanted(runner.make_plan(args, load_paper(args.paper), lab), lab).items())
+    return lab, list(export.wanted(planning.make_plan(args, load_paper(args.paper), lab), lab).items())
 
 
 def made(store, arguments: list[str]) -> tuple:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common.store import Product, Store
-from papers import runner
+from papers import planning, runner
 from papers.plan import ROOT, load_paper
 from papers.stages import Lab
 from papers.wmdd import figures, toy
@@ -113,7 +113,7 @@ def smoke(tmp_path):
     """A smoke run of Table 1 and the figures whose store and results are empty."""
     args = runner.parse(["paper=wmdd", "scale=smoke", "device=cpu", "skip=table2,table3,table4,table5"])
     paper, lab = load_paper("wmdd"), Lab(Store(tmp_path / "store"), None, torch.device("cpu"), "auto")
-    return runner.Run(args, paper, lab, runner.make_plan(args, paper, lab), tmp_path / "out", {})
+    return runner.Run(args, paper, lab, planning.make_plan(args, paper, lab), tmp_path / "out", {})
 
 
 def planned_of(run, table, **wanted):

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common.store import Product, Store
-from papers import runner
+from papers import planning, runner
 from papers.nrr_dd import figures
 from papers.plan import ROOT, load_paper
 from papers.report import RANDOM
@@ -26,7 +26,7 @@ def plan():
     """A smoke plan with two printed data sets and its lab."""
     args = runner.parse(["paper=nrr_dd", "scale=smoke", "device=cpu", f"skip={SKIP}"])
     paper, lab = load_paper("nrr_dd"), Lab(Store(Path("nowhere")), None, torch.device("cpu"), "auto")
-    return args, paper, lab, runner.make_plan(args, paper, lab)
+    return args, paper, lab, planning.make_plan(args, paper, lab)
 
 
 @pytest.fixture

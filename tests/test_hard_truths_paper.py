@@ -15,7 +15,7 @@ from common.protocols import PROTOCOLS, large_scale
 from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
-from papers import drawing, matching_stages, report, runner, setups, stages
+from papers import drawing, matching_stages, planning, report, runner, setups, stages
 from papers.hard_truths import figures
 from papers.plan import ROOT, load_paper
 from papers.stages import Lab
@@ -176,7 +176,7 @@ def test_every_printed_number_of_small_data_sets_has_a_cell():
 
 @pytest.mark.parametrize("scale", PAPER.scales)
 def test_what_is_printed_and_not_run_says_why(scale, tmp_path, monkeypatch):
-    planned = [runner.Planned(cell, why="not yet") for cell in PAPER.cells_at(scale)]
+    planned = [planning.Planned(cell, why="not yet") for cell in PAPER.cells_at(scale)]
     args = runner.parse(["paper=hard_truths", f"scale={scale}"])
     finished = runner.Run(args, PAPER, None, planned, tmp_path, {})
     printed = report.load_reported(ROOT / "hard_truths" / "reported.csv")

@@ -15,7 +15,7 @@ from filelock import FileLock
 from common import hardware
 from common.store import Product, Store
 from papers import arguments, helpers, runner
-from papers.runner import Planned
+from papers.planning import Planned
 from papers.stages import Lab, Stage
 
 ROOT = Path(__file__).resolve().parent.parent

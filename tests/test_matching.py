@@ -18,7 +18,7 @@ from common import matching
 from common.distilled import load
 from common.protocols import PROTOCOLS
 from methods import mtt
-from papers import drawing, export, matching_stages, runner
+from papers import drawing, export, matching_stages, planning, runner, setups
 from papers.matching import figures
 from papers.plan import load_paper
 from papers.report import load_reported
@@ -72,7 +72,7 @@ def test_a_set_kept_beside_the_results_is_drawn_without_the_store(smoke, tmp_pat
 
 def test_plan_of_the_published_scale_names_the_missing_sets(tmp_path):
     args = runner.parse(["paper=matching", "scale=paper", f"data={tmp_path}", f"store={tmp_path}/runs"])
-    planned = runner.make_plan(args, load_paper("matching"), _lab(args))
+    planned = planning.make_plan(args, load_paper("matching"), _lab(args))
     assert planned and all(p.why.startswith("missing data") for p in planned)
     assert Counter(p.cell.dataset for p in planned)["CIFAR-10"] == 24
 
@@ -83,13 +83,13 @@ def _lab(args):
 
 def test_published_settings_reach_the_cells():
     paper = load_paper("matching")
-    setups = {c.id: runner.setup_of(paper.scales["paper"], c) for c in paper.cells_at("paper")}
-    datm = setups["table1/cifar-10/datm/convnet/1/own"]
+    made = {c.id: setups.setup_of(paper.scales["paper"], c) for c in paper.cells_at("paper")}
+    datm = made["table1/cifar-10/datm/convnet/1/own"]
     assert datm.distill["student_steps"] == 80 and datm.distill["threshold"] == 1.1
     assert datm.protocol.name == "datm-2024"
-    mtt = setups["table1/cifar-10/mtt/convnet/1/own"]
+    mtt = made["table1/cifar-10/mtt/convnet/1/own"]
     assert mtt.distill["lr_lr"] == 1e-7 and mtt.distill["zca"] is True and mtt.protocol.lr is None
-    assert setups["table1/cifar-100/att/convnet/50/own"].distill["iterations"] == 100_000
+    assert made["table1/cifar-100/att/convnet/50/own"].distill["iterations"] == 100_000
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
@@ -97,7 +97,7 @@ def test_settings_of_every_cell_make_a_config(scale):
     """What a scale lays over the published settings is allowed by the method and fits its experts."""
     paper = load_paper("matching")
     for cell in paper.cells_at(scale):
-        setup = runner.setup_of(paper.scales[scale], cell)
+        setup = setups.setup_of(paper.scales[scale], cell)
         method = matching_stages.ALGORITHMS[cell.algorithm]
         if setup is None or method is None:
             continue

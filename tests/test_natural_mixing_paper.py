@@ -15,7 +15,7 @@ from common.datasets import load
 from common.hardware import compiler
 from common.protocols import PROTOCOLS
 from common.store import Store
-from papers import matching_stages, measured_stages, mixing_stages, runner, setups
+from papers import matching_stages, measured_stages, mixing_stages, planning, runner, setups
 from papers.natural_mixing import figures
 from papers.plan import SCALES, load_paper
 from papers.stages import Lab
@@ -106,7 +106,7 @@ def test_controls_train_for_as_many_epochs(scale, epochs):
 
 def test_a_printed_number_without_a_cell_says_why():
     args = runner.parse(["paper=natural_mixing", "scale=paper", "device=cpu"])
-    planned = [runner.Planned(cell) for cell in PAPER.cells_at("paper")]
+    planned = [planning.Planned(cell) for cell in PAPER.cells_at("paper")]
     rows = runner.Run(args, PAPER, None, planned, Path("nowhere"), {}).rows
     told = {(r["method"], r["metric"]): r["status"] for name in PAPER.tables for r in rows(name) if r["reported"]}
     assert not [where for where, status in told.items() if "no cell" in status]
@@ -123,7 +123,7 @@ def test_a_missing_pool_takes_its_own_cell_down_alone(tmp_path):
     scale["data"] = {k: {**v, "pools": {"cifar100": "cifar100"}} for k, v in scale["data"].items()}
     paper = replace(PAPER, scales={**PAPER.scales, "smoke": scale})
     lab = Lab(Store(tmp_path / "runs"), str(tmp_path), torch.device("cpu"), "fp32")
-    planned = [p for p in runner.make_plan(args, paper, lab) if p.stages or p.why.startswith("missing data")]
+    planned = [p for p in planning.make_plan(args, paper, lab) if p.stages or p.why.startswith("missing data")]
     missing = [p for p in planned if p.why.startswith("missing data") and "cifar100" in p.why]
     assert [p.cell.setting for p in missing] == ["no augmentation, mixed with any class"]
     assert len([p for p in planned if p.stages]) == len(planned) - 1

@@ -8,7 +8,7 @@ import torch
 
 from common import datasets, matching
 from common.datasets_stream import Stream
-from papers import mixing_stages, runner, stages
+from papers import mixing_stages, planning, runner, stages
 from papers.plan import load_paper
 
 PAPERS = ("wmdd", "nrr_dd", "matching", "natural_mixing", "hard_truths", "survey")
@@ -45,7 +45,7 @@ def all_there(monkeypatch):
 def failures(paper: str, scale: str, precision: str, folder) -> dict[str, str]:
     args = runner.parse([f"paper={paper}", f"scale={scale}", f"data={folder}"])
     lab = runner.Lab(runner.Store(folder), str(folder), torch.device("cpu"), precision)
-    planned = runner.make_plan(args, load_paper(paper), lab)
+    planned = planning.make_plan(args, load_paper(paper), lab)
     assert any(p.stages for p in planned)
     return {p.cell.id: p.why for p in planned if p.why.startswith(("failed", "missing", "unreadable"))}
 

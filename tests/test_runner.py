@@ -16,7 +16,7 @@ import torch
 
 from common.cli import UsageError
 from methods import wmdd
-from papers import plan, runner
+from papers import plan, planning, runner, setups
 from papers.plan import Cell, load_paper, select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def test_tables_keep_printed_and_own_numbers_apart(column):
 @pytest.mark.parametrize("name", plan.papers())
 def test_tables_of_every_scale_are_written_and_shown_without_a_result(name, scale, tmp_path, monkeypatch):
     paper = plan.load_paper(name)
-    planned = [runner.Planned(cell, why="not yet") for cell in paper.cells_at(scale)]
+    planned = [planning.Planned(cell, why="not yet") for cell in paper.cells_at(scale)]
     args = runner.parse([f"paper={name}", f"scale={scale}"])
     monkeypatch.setattr(runner, "draw_figures", lambda finished: [])
     finished = runner.Run(args, paper, None, planned, tmp_path, {})
@@ -119,7 +119,7 @@ def test_a_result_of_other_settings_is_kept_and_named(column, tmp_path):
 def test_a_second_run_makes_nothing_again(column, place):
     before = {p: p.stat().st_mtime_ns for p in (place / "runs").glob("*/*/manifest.json")}
     assert all(
-        "cached" in line for line in runner.show_plan(column.planned, column.lab).splitlines() if "/soft " in line
+        "cached" in line for line in planning.show_plan(column.planned, column.lab).splitlines() if "/soft " in line
     )
     again = runner.run(arguments(place, COLUMN))
     assert {p: p.stat().st_mtime_ns for p in (place / "runs").glob("*/*/manifest.json")} == before
@@ -258,9 +258,9 @@ def test_every_cell_of_every_scale_has_settings():
     for scale, settings in paper.scales.items():
         cells = paper.cells_at(scale)
         assert len({c.id for c in cells}) == len(cells)
-        setups = [runner.setup_of(settings, c) for c in cells]
-        assert any(setups)
-        for cell, setup in zip(cells, setups, strict=True):
+        made = [setups.setup_of(settings, c) for c in cells]
+        assert any(made)
+        for cell, setup in zip(cells, made, strict=True):
             if setup:
                 assert setup.distill["ipc"] == cell.ipc and setup.student.labels == cell.label_regime
     one = [c for c in paper.cells_at("paper") if c.table == "table3" and c.setting == "CE+BN"]
@@ -270,9 +270,9 @@ def test_every_cell_of_every_scale_has_settings():
 def test_published_settings_at_scale_paper():
     paper = load_paper("wmdd")
     cell = Cell("table1", "Tiny ImageNet", "WMDD", "ResNet-18", 10)
-    setup = runner.setup_of(paper.scales["paper"], cell)
+    setup = setups.setup_of(paper.scales["paper"], cell)
     assert (setup.size, setup.shorter, setup.network) == (224, 256, "resnet18-wmdd-tiny")
     assert setup.distill == {"lr": 0.1, "bn_weight": 500, "ipc": 10}
     assert (setup.student.epochs, setup.student.batch, setup.student.temperature) == (300, 100, 20.0)
-    one = runner.setup_of(paper.scales["paper"], Cell("table1", "ImageNette", "WMDD", "ResNet-18", 1))
+    one = setups.setup_of(paper.scales["paper"], Cell("table1", "ImageNette", "WMDD", "ResNet-18", 1))
     assert one.student.batch == 10 and one.teacher.epochs == 50

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from papers import report, runner, setups
+from papers import planning, report, runner, setups
 from papers.plan import ROOT, SCALES, load_paper
 from papers.survey import figures
 
@@ -53,7 +53,7 @@ def test_a_set_of_another_size_is_refused(tmp_path):
 
     lab = Lab(Store(tmp_path / "runs"), None, runner.resolve_device("cpu"), "fp32")
     paper = replace(PAPER, scales={**PAPER.scales, "smoke": scale})
-    (planned,) = (p for p in runner.make_plan(args, paper, lab) if p.stages or p.why.startswith("failed"))
+    (planned,) = (p for p in planning.make_plan(args, paper, lab) if p.stages or p.why.startswith("failed"))
     assert "'table1/cifar-10/rded/convnet/1/soft' of paper=nrr_dd scale=small is no set of digits" in planned.why
 
 

@@ -16,7 +16,8 @@ from papers.matching_stages import setting_of
 from papers.report import RANDOM
 
 if TYPE_CHECKING:
-    from papers.runner import Planned, Run
+    from papers.planning import Planned
+    from papers.runner import Run
 
 __all__ = ["figure_accuracy", "figure_images"]
 

@@ -20,7 +20,8 @@ from papers.matching_stages import setting_of
 from papers.mixing_stages import mixture
 
 if TYPE_CHECKING:
-    from papers.runner import Planned, Run
+    from papers.planning import Planned
+    from papers.runner import Run
 
 __all__ = [
     "figure1", "figure2", "figure_controls", "figure_gain", "figure_mixtures", "figure_robustness",

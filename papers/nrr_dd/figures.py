@@ -23,7 +23,8 @@ from papers import drawing
 from papers.report import RANDOM
 
 if TYPE_CHECKING:
-    from papers.runner import Planned, Run
+    from papers.planning import Planned
+    from papers.runner import Run
 
 __all__ = [
     "figure1", "figure3", "figure_epsilon", "figure_labels", "figure_random", "figure_steps", "figure_storage",
