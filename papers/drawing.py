@@ -15,20 +15,23 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from papers import report
+from papers import committed, report
 from papers.render import stood_for
 
 if TYPE_CHECKING:
     from papers.planning import Planned
     from papers.runner import Run
+    from papers.stages import Stage
 
 __all__ = [
-    "ASIDE", "IPC_AXIS", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry", "error_bars",
-    "ipc_axis", "lines", "listed", "name_of", "panels", "show_image", "title", "values", "where",
+    "ASIDE", "GAPS", "IPC_AXIS", "SHOWN", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry",
+    "error_bars", "ipc_axis", "lines", "listed", "name_of", "panels", "show_image", "title", "values", "where",
 ]  # fmt: skip
 
 IPC_AXIS = "images per class (IPC, log scale)"
+SHOWN = {"Random real (ours)": "random real", "Random": "random real"}  # what methods are called in all figures
 ASIDE = "Lines are moved sideways a little, so that none hides another."  # what `dodged` does
+GAPS = "Where a point is missing nothing was run."
 WORDS = {  # the classes of Imagenette by the names of their folders
     "n01440764": "tench", "n02102040": "springer", "n02979186": "cassette player", "n03000684": "chain saw",
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
@@ -44,8 +47,15 @@ def entry(run: Run, planned: Planned, stage: str):
 def entries(run: Run, planned: Planned, stage: str) -> list:
     """Those of all students of a cell, one after the other; a student whose stage has not been made has none."""
     chains = [[s for s in top.all() if s.name == stage] for top in planned.stages]
-    found = (run.lab.store.get(stage, run.lab.key(chain[-1])) for chain in chains if chain)
+    found = (_made(run, chain[-1]) for chain in chains if chain)
     return [entry for entry in found if entry is not None]
+
+
+def _made(run: Run, stage: Stage):
+    """The store entry of a stage; a set that is committed with the tables needs no run to be there."""
+    if committed.SET in stage.settings:
+        return run.lab.entry(stage)
+    return run.lab.store.get(stage.name, run.lab.key(stage))
 
 
 def parts(run: Run, planned: Planned, stage: str) -> list:
@@ -105,12 +115,17 @@ def ipc_axis(ax, ipcs: Iterable[int]) -> None:
 
 
 def dodged(data: pd.DataFrame, *names: str) -> pd.Series:
-    """The IPC of every result, moved a little along a log axis, so that lines (by these columns) do not hide others."""
+    """The IPC of every result, moved a little along a log axis, so that lines (by these columns) do not hide others.
+
+    A result that is alone at its IPC stays where it is.
+    """
     line = data[list(names)].apply(tuple, axis=1)
-    order = list(dict.fromkeys(line))
     decades = max(np.log10(data["ipc"].max() / data["ipc"].min()), 0.3)
-    step = min(0.03 * decades, 0.15 / max(1, len(order) - 1))  # all lines within a sixth of a decade: IPC 10 is not 20
-    return data["ipc"] * 10 ** (step * (line.map(order.index) - (len(order) - 1) / 2))
+    step = min(0.03 * decades, 0.15 / max(1, line.nunique() - 1))  # all within a sixth of a decade: IPC 10 is not 20
+    order = list(dict.fromkeys(line))
+    there = {ipc: [one for one in order if one in set(own)] for ipc, own in line.groupby(data["ipc"])}
+    places = [there[ipc].index(one) - (len(there[ipc]) - 1) / 2 for ipc, one in zip(data["ipc"], line, strict=True)]
+    return data["ipc"] * 10 ** (step * np.array(places))
 
 
 # ---------------------------------------------------------------- panels
@@ -202,10 +217,22 @@ def listed(words: Iterable[str]) -> str:
 
 def captioned(figure: Figure, text: str, run: Run | None = None, data: pd.DataFrame | None = None) -> Figure:
     """The figure with a caption beneath it, which says where it, or some results that it draws, are not comparable."""
-    text += _not_comparable(run, data) if run else ""
+    text += _teachers(run, data) + _not_comparable(run, data) if run else ""
     lines = textwrap.wrap(text, max(60, round(17 * figure.get_figwidth())))
     figure.text(0.5, -0.02, "\n".join(lines), ha="center", va="top", fontsize=8)
     return figure
+
+
+def _teachers(run: Run, data: pd.DataFrame | None) -> str:
+    """That a teacher of the same settings was trained more than once for the results of a figure."""
+    made: dict[str, dict[str, float]] = {}
+    for cell in () if data is None else dict.fromkeys(data["cell"]):
+        for stage in run.results[cell].get("stages", ()):
+            if stage["stage"] == "teacher":
+                made.setdefault(stage["key"], {})[stage["finished"]] = run.results[cell]["teacher_accuracy"]
+    again = [sorted(found.values()) for found in made.values() if len(found) > 1]
+    words = "; ".join(" and ".join(f"{accuracy:.1f}" for accuracy in found) + " %" for found in again)
+    return f" Teachers of the same settings ({words}) stand behind it, which error bars leave out." if again else ""
 
 
 def _not_comparable(run: Run, data: pd.DataFrame | None) -> str:

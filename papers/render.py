@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import groupby
 
-__all__ = ["KEY", "WIDTH", "Row", "extras_markdown", "latex", "markdown", "not_run", "terminal"]
+__all__ = ["KEY", "WIDTH", "Row", "extras_markdown", "latex", "markdown", "not_run", "panels_of", "terminal"]
 
 KEY = ("table", "dataset", "method", "setting", "arch", "ipc", "metric")
 WIDTH = 100  # characters of a terminal; a wider table is cut into one panel per outermost column
@@ -81,7 +81,7 @@ def extras_markdown(rows: Sequence[Row]) -> str:
         if all(row["soft_best"] is None for row in mine):
             grid = [line[:3] + line[4:] for line in grid]
         where = "; ".join(dict.fromkeys(row["run_on"] for row in mine))
-        parts += [f"## {dataset} ({where})", _pipes(grid)]
+        parts += [f"## {dataset} ({where})", *panels_of(grid, keys=2)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,7 +134,7 @@ def _blocks(rows: Sequence[Row], layout: Mapping) -> list[Block]:
         title += ", not comparable with the printed numbers"
     seeds = " or ".join(str(count) for count in sorted({row["seeds"] for row in ours}))
     remark = f"Mean ± standard deviation over {seeds} seeds." if seeds != "1" else "One value each."
-    blocks.append(_block(rows, layout, "ours", f"{title})", [remark]))
+    blocks.append(_block(rows, layout, "ours", f"{title})", [remark, *_teachers(ours, layout)]))
     return [block for block in blocks if block.texts]
 
 
@@ -193,6 +193,27 @@ def _notes(rows: Sequence[Row], layout: Mapping) -> list[str]:
     return remarks
 
 
+def _teachers(rows: Sequence[Row], layout: Mapping) -> list[str]:
+    """Which numbers have which teacher, where one of the same settings was trained more than once."""
+    made: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        for stage in row["teachers"]:
+            made.setdefault(stage["key"], {}).setdefault(stage["finished"], []).append(row)
+    remarks = []
+    for found in (found for found in made.values() if len(found) > 1):
+        places = [[(_label(row, layout["rows"]), row) for row in own] for own in found.values()]
+        texts = []
+        for own in places:
+            others = {label for other in places if other is not own for label, _ in other}
+            columns: dict[str, list[str]] = {}
+            for label, row in own:
+                columns.setdefault(label, []).append(" ".join(_column(row, layout["columns"])))
+            named = [f"{label} ({', '.join(c)})" if label in others else label for label, c in columns.items()]
+            texts.append(f"one of {own[0][1]['teacher_accuracy']:.1f} % behind {'; '.join(named)}")
+        remarks.append(f"Teachers of the same settings, which the deviations leave out: {'. And '.join(texts)}.")
+    return remarks
+
+
 def _statuses(rows: Sequence[Row], layout: Mapping) -> list[str]:
     """A line a status: how many numbers have it, and which rows of the table, with their columns where they differ.
 
@@ -241,7 +262,7 @@ def _decimals(rows: Sequence[Row], metric: str) -> int:
 
 def _number(value: float, std: float | None, decimals: int) -> str:
     if 0 < abs(value) < 10**-decimals:
-        return f"{value:.1g}"  # hours of a run that takes seconds
+        return f"{value:.1g}" + (f" ± {std:.1g}" if std else "")  # hours of a run that takes seconds
     return f"{value:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std is not None else "")
 
 
@@ -268,16 +289,21 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  " if text.startswith("- ") else "", break_on_hyphens=False)
 
 
-def _panels(block: Block, heading: str, draw: Callable[[list[list[str]]], str]) -> list[str]:
-    """The block as one text, or as one with a heading per outermost column where it is wider than `WIDTH`."""
-    whole = draw([[block.corner, *(" ".join(column) for column in block.columns)], *block.body(block.columns)])
-    if len(whole.splitlines()[0]) <= WIDTH or len(block.columns[0]) == 1:
-        return [whole]
+def _panels(
+    block: Block, heading: str, draw: Callable[[list[list[str]]], str], above: Column = (),
+    columns: Sequence[Column] | None = None,
+) -> list[str]:  # fmt: skip
+    """The block as one text, or where it is wider than `WIDTH` as one with a heading for each outermost column.
+
+    above: the labels that stand in the heading already; columns: those below them, all where None.
+    """
+    columns, level = columns or block.columns, len(above)
+    whole = draw([[block.corner, *(" ".join(c[level:]) for c in columns)], *block.body(columns)])
+    if len(whole.splitlines()[0]) <= WIDTH or len(columns[0]) - level == 1:
+        return [heading.format(" ".join(above)), whole] if above else [whole]
     panels = []
-    for outermost, group in groupby(block.columns, key=lambda column: column[0]):
-        columns = list(group)
-        header = [block.corner, *(" ".join(column[1:]) for column in columns)]
-        panels += [heading.format(outermost), draw([header, *block.body(columns)])]
+    for outermost, group in groupby(columns, key=lambda column: column[level]):
+        panels += _panels(block, heading, draw, (*above, outermost), list(group))
     return panels
 
 
@@ -298,6 +324,18 @@ def _pipes(grid: list[list[str]]) -> str:
     header, *body = _aligned(grid)
     rule = ["-" * len(header[0]), *("-" * (len(text) - 1) + ":" for text in header[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+
+
+def panels_of(grid: list[list[str]], keys: int) -> list[str]:
+    """A grid as Markdown, its columns in as many pieces as `WIDTH` asks for, the first `keys` columns before each."""
+    pieces, columns = [], list(range(keys))
+    for column in range(keys, len(grid[0])):
+        wider = [*columns, column]
+        if len(columns) > keys and len(_pipes([[line[c] for c in wider] for line in grid]).splitlines()[0]) > WIDTH:
+            pieces.append(columns)
+            wider = [*range(keys), column]
+        columns = wider
+    return [_pipes([[line[c] for c in columns] for line in grid]) for columns in (*pieces, columns)]
 
 
 def _tabular(block: Block) -> str:

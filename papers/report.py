@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.store import write_atomic
 from common.views import Recipe
-from papers.render import KEY, Row, extras_markdown, latex, markdown, terminal
+from papers.render import KEY, Row, extras_markdown, latex, markdown, panels_of, terminal
 
 __all__ = [
     "COLUMNS", "EXTRAS_COLUMNS", "KEY", "RANDOM", "REPORTED_COLUMNS", "TOLERANCE_POINTS", "extras_rows", "load_cells",
@@ -148,6 +148,8 @@ def table_rows(
         row |= {"ours": cell.get("mean"), "ours_std": cell.get("std"), "seeds": len(cell.get("values", ()))}
         why = (planned[key].get("why") or "no result yet") if key in planned else "no cell planned"
         row["status"] = _status(row, comparable, reported_runs) if cell else f"not run: {why}"
+        row |= {"teachers": [stage for stage in cell.get("stages", ()) if stage["stage"] == "teacher"]}
+        row |= {"teacher_accuracy": cell.get("teacher_accuracy")}
         rows.append(row | {"note": number.get("note", ""), "run_on": cell.get("run_on", "")})
     return rows
 
@@ -224,7 +226,10 @@ def write_extras(rows: Sequence[Row], folder: str | Path) -> list[Path]:
 
 
 def write_summary(name: str, caption: str, rows: Sequence[Row], folder: str | Path) -> list[Path]:
-    """Writes <name>.csv and .md of computed rows; in the latter a column "x std" stands behind ± in that of "x"."""
+    """Writes <name>.csv and .md of computed rows; in the latter a column "x std" stands behind ± in that of "x".
+
+    The first two columns name a row.
+    """
     columns = list(rows[0])
     shown = [c for c in columns if not c.endswith(" std")]
 
@@ -232,13 +237,18 @@ def write_summary(name: str, caption: str, rows: Sequence[Row], folder: str | Pa
         value, std = row.get(column), row.get(f"{column} std")
         if value is None or value != value:  # nan
             return "-"
+        if not isinstance(value, (int, float)):
+            return str(value)
         spread = f" ± {std:.1f}" if std is not None and std == std else ""
-        return f"{value:,.1f}{spread}" if isinstance(value, float) else str(value)
+        return f"{value:,.{0 if column in whole else 1}f}{spread}"
 
-    lines = [f"# {name}: {caption}", "", f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
-    lines += [f"| {' | '.join(text(row, column) for column in shown)} |" for row in rows]
+    numbers = {c: [v for row in rows if isinstance(v := row.get(c), (int, float)) and v == v] for c in shown}
+    counts = {c: values for c, values in numbers.items() if all(float(v).is_integer() for v in values)}
+    whole = {c for c, values in counts.items() if max(values, default=0) > 100 or all(type(v) is int for v in values)}
+    grid = [shown, *([text(row, column) for column in shown] for row in rows)]
+    lines = [f"# {name}: {caption}", *panels_of(grid, keys=2)]
     given = [{c: None if row.get(c) != row.get(c) else row.get(c) for c in columns} for row in rows]
-    return _write(folder, name, {"csv": _csv(columns, given), "md": "\n".join(lines) + "\n"})
+    return _write(folder, name, {"csv": _csv(columns, given), "md": "\n\n".join(lines) + "\n"})
 
 
 def _table_id(rows: Sequence[Row]) -> str:

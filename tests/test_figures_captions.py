@@ -121,6 +121,35 @@ def test_robustness_drops_sets_with_clean_images_alone_and_marks_what_was_not_ru
     assert "PGD: 10 steps" in captions(figure) and "corruptions" not in captions(figure)
 
 
+def test_teachers_of_the_same_settings_are_named_in_the_caption():
+    def taught(*finished):
+        stages = [[{"stage": "teacher", "key": "k", "finished": when}] for when in finished]
+        own = [{"stages": stage, "teacher_accuracy": 75.0} for stage in stages]
+        rows = [("regimes", name, "SL", 10, more) for name, more in zip("ab", own, strict=True)]
+        return results("hard_truths", "small", *rows)
+
+    words = "Teachers of the same settings (75.0 and 75.0 %) stand behind it"
+    assert words in captions(hard_truths.figure_regimes(taught("monday", "tuesday")))
+    assert words not in captions(hard_truths.figure_regimes(taught("monday", "monday")))
+
+
+def test_controls_have_the_arms_that_were_run_for_table_1_alone():
+    controls = [("controls", "DC", arm, 10) for arm in ("no augmentation", "DiffAugment")]
+    table1 = [("table1", method, arm, 10, {"values": [50.0, 51.0]}) for method in ("DC", "DM", "ATT")
+              for arm in ("baseline", "mixed")]  # fmt: skip
+    run = results("natural_mixing", "small", *controls, ("controls", "DM", "DiffAugment", 10), *table1)
+    drawn = natural_mixing._with_table1(run, pd.DataFrame(run.values("controls")))
+    means = drawn.groupby(["method", "setting"])["accuracy"].mean().to_dict()
+    assert means["DC", "no augmentation"] == 31 and means["DC", "no augmentation, mixed"] == 50.5
+    assert means["DM", "no augmentation"] == 50.5 and "ATT" not in set(drawn["method"])
+
+
+def test_a_point_alone_at_its_ipc_stays_on_its_tick():
+    data = pd.DataFrame({"method": ["a", "b", "c", "a"], "ipc": [1, 1, 1, 50]})
+    places = drawing.dodged(data, "method").tolist()
+    assert places[3] == 50 and places[0] < places[1] == 1 < places[2]
+
+
 def test_spreads_are_over_the_sets_that_have_every_regime_of_their_panel():
     rows = [("regimes", name, regime, 10, {"values": [value, value + 2]}) for name, regime, value in (
         ("Random", "HL", 30), ("Random", "SL", 38), ("DM", "HL", 45), ("DM", "SL", 44), ("CAD-Prune", "HL", 10),
@@ -130,7 +159,8 @@ def test_spreads_are_over_the_sets_that_have_every_regime_of_their_panel():
     spread = hard_truths.spreads(pd.DataFrame(run.values("regimes")))
     assert spread.loc[10].to_dict() == {"HL": 15, "SL": 6}
     figure = hard_truths.figure_regimes(run)
-    assert [(t.get_text(), t.xy[0]) for t in figure.axes[0].texts] == [("15.0", 0), ("6.0", 1)]
+    assert [(t.get_text(), t.xy[0]) for t in figure.axes[0].texts] == [("15.0\n(2 of 3)", 0), ("6.0", 1)]
+    assert len({x for line in figure.axes[0].containers for x in line.lines[0].get_xdata()}) > 3  # none hides another
     assert "(at IPC 10 all but CAD-Prune)" in captions(figure)
     figure = hard_truths.figure_regimes(results("hard_truths", "small", rows[0], rows[4]))
     assert "(SL)" not in captions(figure) and "over all sets" in captions(figure)
@@ -152,6 +182,7 @@ def test_a_law_whose_tau_is_at_the_end_of_its_grid_is_said_to_fail(monkeypatch):
         return SimpleNamespace(tensors=lambda: tensors, meta={"b": [-0.5], "tau": [tau]})
 
     run = results("hard_truths", "smoke")
+    run.lab = SimpleNamespace(run_on=lambda setup: setup.run_on)
     own = {"table": "scaling", "metric": "b", "method": "DM", "ipc": 10}
     cells = [own | {"setting": regime} for regime in ("HL", "SL")]
     run.planned = [SimpleNamespace(cell=SimpleNamespace(**c), setup=SimpleNamespace(run_on="digits")) for c in cells]
@@ -172,7 +203,7 @@ def test_hexagons_of_the_scores_have_a_key(monkeypatch):
     cell = SimpleNamespace(algorithm="coreset", teacher="")
     run.planned = [SimpleNamespace(cell=cell, stages=(1,), setup=setup)]
     teacher, store = SimpleNamespace(name="teacher"), SimpleNamespace(get=lambda *_: 1)
-    run.lab = SimpleNamespace(teacher=lambda on: teacher, key=lambda stage: "", store=store)
+    run.lab = SimpleNamespace(teacher=lambda on: teacher, key=lambda stage: "", store=store, run_on=lambda _: "digits")
     monkeypatch.setattr(drawing, "entry", lambda *_: bank)
     monkeypatch.setattr(hard_truths, "setting_of", lambda *_: SimpleNamespace(train=SimpleNamespace(images=images)))
     monkeypatch.setattr(hard_truths, "teacher_logits", lambda *_: torch.eye(10)[labels])

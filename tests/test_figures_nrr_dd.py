@@ -227,7 +227,7 @@ def test_comparable_scales_do_not_call_themselves_incomparable(smoke, monkeypatc
     assert "not comparable" not in captions(figures.figure_labels(smoke))
 
 
-@pytest.mark.parametrize(("name", "scale"), [("epsilon", "linear"), ("steps", "symlog"), ("weight", "linear")])
+@pytest.mark.parametrize(("name", "scale"), [("epsilon", "linear"), ("steps", "symlog"), ("weight", "log")])
 def test_sweeps_are_drawn_over_their_number_with_rded_as_a_level(smoke, name, scale):
     numbers = [float(p.cell.setting.split()[1]) for p in planned_of(smoke, f"figure_{name}")]
     assert len(numbers) > 3 and numbers == sorted(numbers)

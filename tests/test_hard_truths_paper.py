@@ -420,7 +420,7 @@ def test_sets_of_unequal_classes_are_drawn_by_their_labels(monkeypatch):
     monkeypatch.setattr(figures.drawing, "entry", lambda *_: made)
     monkeypatch.setattr(figures.drawing, "show_image", lambda _, image: shown.append(int(image[0, 0, 0])))
     monkeypatch.setattr(figures.drawing, "captioned", lambda figure, *_: figure)
-    figures.figure_sets(SimpleNamespace(planned=[planned], lab=None))
+    figures.figure_sets(SimpleNamespace(planned=[planned], lab=SimpleNamespace(run_on=lambda setup: setup.run_on)))
     assert shown == list(range(10))
 
 

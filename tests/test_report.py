@@ -321,6 +321,33 @@ def test_the_tables_of_the_paper_fit_a_terminal_and_come_out_complete():
     assert "WMDD           0.71    2.30    5.27" in times and "WMDD            7.6    41.8    59.4" in times
 
 
+def test_teachers_of_the_same_settings_are_told_apart():
+    def taught(finished, accuracy):
+        stage = {"stage": "teacher", "key": "one recipe", "finished": finished}
+        return {"stages": [stage], "teacher_accuracy": accuracy}
+
+    both = [cell(ipc=1, **taught("monday", 75.6)), cell(ipc=10, **taught("tuesday", 75.4)),
+            cell("RDED", **taught("tuesday", 75.4))]  # fmt: skip
+    text = " ".join(render.markdown(rows_of(both), LAYOUT).split())
+    first = "one of 75.6 % behind WMDD (ImageNette IPC 1)"
+    second = "one of 75.4 % behind WMDD (ImageNette IPC 10); RDED."
+    assert f"which the deviations leave out: {first}. And {second}" in text
+    assert "Teachers of the same settings" not in render.markdown(rows_of(both[1:]), LAYOUT)
+
+
+def test_a_small_number_keeps_its_spread():
+    text = render.markdown(rows_of([cell(mean=0.0833, std=0.1041)]), LAYOUT)
+    assert "0.08 ± 0.1" in text
+
+
+def test_a_wide_table_is_cut_until_it_fits():
+    layout = {"caption": "Wide", "rows": ["method"], "columns": ["dataset", "ipc", "setting"]}
+    cells = [cell(ipc=ipc, setting=f"a long setting {n}", cell=f"{ipc}/{n}") for ipc in (1, 10) for n in range(4)]
+    text = render.markdown(rows_of(cells), layout).split("## Status")[0]
+    assert all(len(line) <= render.WIDTH for line in text.splitlines()) and "**ImageNette IPC 10**" in text
+    assert text.count("50.0 ± 1.0") == 8
+
+
 def test_columns_go_by_budget_and_a_missing_setting_is_named():
     numbers = [printed(ipc=ipc, setting=setting) for ipc, setting in ((50, "layer 5"), (1, "layer 5"), (10, ""))]
     text = report.terminal(rows_of([], numbers), LAYOUT | {"columns": ["setting", "ipc"]})

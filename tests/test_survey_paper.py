@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from papers import planning, report, runner, setups
+from papers import planning, render, report, runner, setups
 from papers.plan import ROOT, SCALES, load_paper
 from papers.survey import figures
 
@@ -92,13 +92,16 @@ def test_scores_are_written_with_their_spreads(tmp_path):
     rows = [result("Random", 10, "HL", 30.0, 32.0), result("DM", 10, "HL", 45.0, 47.0)]
     found = figures.leaderboard_scores(SimpleNamespace(results=dict(enumerate(rows)))).to_dict("records")
     report.write_summary("leaderboard_scores", "Scores (points)", found, tmp_path)
-    lines = (tmp_path / "leaderboard_scores.md").read_text().splitlines()
-    assert lines[0] == "# leaderboard_scores: Scores (points)" and len(lines) == 6 and " std" not in lines[2]
-    heads, values = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[2], lines[4]))
-    dm = dict(zip(heads, values, strict=True))
+    text = (tmp_path / "leaderboard_scores.md").read_text()
+    assert text.startswith("# leaderboard_scores: Scores (points)\n") and " std" not in text
+    assert all(len(line) <= render.WIDTH for line in text.splitlines())
+    dm = {}
+    for piece in text.strip().split("\n\n")[1:]:  # the columns in pieces, each with the method and IPC before them
+        heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in piece.splitlines())
+        dm |= dict(zip(heads, rows[1], strict=True))
     assert (dm["method"], dm["HL"], dm["SL"], dm["over random, HL"]) == ("DM", "46.0", "-", "15.0 ± 2.0")
-    (first, *_) = csv.DictReader((tmp_path / "leaderboard_scores.csv").open())
-    assert first["over random, HL std"] == "2.0" and first["label robust score"] == ""
+    (_, second) = csv.DictReader((tmp_path / "leaderboard_scores.csv").open())
+    assert second["over random, HL std"] == "2.0" and second["label robust score"] == ""
 
 
 def test_the_leaderboard_stands_beside_what_is_printed_of_each_family():

@@ -35,7 +35,6 @@ __all__ = [
 REGIMES = ("HL", "SL", "SL+KD")
 MADE = ("CA2D", "DM")  # images that no camera took
 FAMILIES = ("EL2N", "forgetting")  # selectors that read one and the same score
-SHOWN = {"Random": "random real"}
 
 
 def common_sets(data: pd.DataFrame) -> dict[int, pd.DataFrame]:
@@ -62,15 +61,18 @@ def figure_regimes(run: Run) -> Figure | None:
     data = drawing.values(run, "regimes")
     if data is None or not len(data := data[data["setting"].isin(REGIMES)]):
         return None
-    sets = data[data["ipc"].notna()].assign(method=lambda d: d["method"].replace(SHOWN))
+    sets = data[data["ipc"].notna()].assign(method=lambda d: d["method"].replace(drawing.SHOWN))
     ipcs, methods = sorted(set(sets["ipc"])), list(dict.fromkeys(sets["method"]))
-    palette = dict(zip(methods, sns.color_palette("husl", len(methods)), strict=True))
+    hues = sns.color_palette("tab10") if len(methods) <= 10 else sns.color_palette("husl", len(methods))
+    palette = dict(zip(methods, hues, strict=False))
     figure, axes = drawing.axes_of(2.6 * len(ipcs) + 2.2, 3.6, 1, len(ipcs), sharey=True)
     spread = spreads(sets)
     for ax, ipc in zip(axes[0], ipcs, strict=True):
         own = sets[sets["ipc"] == ipc]
         there = [regime for regime in REGIMES if regime in set(own["setting"])]
-        own = own.assign(place=own["setting"].map(there.index))
+        here = [method for method in methods if method in set(own["method"])]
+        aside = own["method"].map(here.index) - (len(here) - 1) / 2  # so that none hides another
+        own = own.assign(place=own["setting"].map(there.index) + 0.03 * aside)
         drawing.lines(own, ax, x="place", hue="method", hue_order=methods, palette=palette)
         ax.set(xlabel="label regime", title=f"IPC {int(ipc)}", xticks=range(len(there)), xticklabels=there)
         ax.set_xlim(-0.4, len(there) - 0.6)
@@ -78,7 +80,8 @@ def figure_regimes(run: Run) -> Figure | None:
         ax.get_legend().remove()
         for place, regime in enumerate(there):
             if ipc in spread.index and pd.notna(spread.loc[ipc].get(regime)):
-                text = f"{spread.loc[ipc, regime]:.1f}"
+                counted, every = len(common_sets(sets)[ipc]), own[own["setting"] == regime]["method"].nunique()
+                text = f"{spread.loc[ipc, regime]:.1f}" + (f"\n({counted} of {every})" if counted < every else "")
                 ax.annotate(text, (place, own["accuracy"].max()), (0, 6), textcoords="offset points", ha="center")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     told = {
@@ -88,7 +91,7 @@ def figure_regimes(run: Run) -> Figure | None:
     text = f"The same sets under {words}, nearly the same number of steps."
     if len(spread):
         text += f" Above each regime: largest minus smallest mean accuracy, in points, {_over(sets)}."
-    text += f" {drawing.where(sets)} {drawing.error_bars(sets)}"
+    text += f" {drawing.ASIDE} {drawing.where(sets)} {drawing.error_bars(sets)}"
     return drawing.captioned(figure, text, run, sets)
 
 
@@ -110,7 +113,7 @@ def figure_selectors(run: Run) -> Figure | None:
     data = drawing.values(run, "selectors")
     if data is None or not len(data := data[data["metric"] == "accuracy"]):
         return None
-    data = data.assign(method=data["method"].replace(SHOWN))
+    data = data.assign(method=data["method"].replace(drawing.SHOWN))
     ipcs = sorted(set(data["ipc"]))
     figure, axes = drawing.axes_of(3.6 * len(ipcs) + 1.2, 0.19 * data["method"].nunique() + 1.0, 1, len(ipcs))
     for ax, ipc in zip(axes[0], ipcs, strict=True):
@@ -134,7 +137,7 @@ def figure1(run: Run) -> Figure | None:
     if data is None:
         return None
     data["passes"] = [settings["budget"] for settings in data["settings"]]
-    data["set"] = data["method"].replace(SHOWN) + ", IPC " + data["ipc"].astype(int).astype(str)
+    data["set"] = data["method"].replace(drawing.SHOWN) + ", IPC " + data["ipc"].astype(int).astype(str)
     data["teacher"] = data["setting"].str.split(",").str[0]
     sets, shown = list(dict.fromkeys(data["set"])), list(dict.fromkeys(data["teacher"]))
     palette = dict(zip(sets, sns.color_palette("husl", len(sets)), strict=True))
@@ -163,15 +166,15 @@ def figure4(run: Run) -> Figure | None:
     cells = [p for p in run.planned if p.cell.table == "figure4" and drawing.entry(run, p, "objective")]
     if not cells:
         return None
-    panels = list(dict.fromkeys((p.setup.run_on, p.cell.ipc) for p in cells))
+    panels = list(dict.fromkeys((run.lab.run_on(p.setup), p.cell.ipc) for p in cells))
     colors = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(p.cell.method for p in cells))}
     figure, axes = drawing.axes_of(3.4 * len(panels) + 1.6, 3.2, 1, len(panels), sharey=True)
     drawn = {}
     for ax, panel in zip(axes[0], panels, strict=True):
-        for planned in (p for p in cells if (p.setup.run_on, p.cell.ipc) == panel):
+        for planned in (p for p in cells if (run.lab.run_on(p.setup), p.cell.ipc) == panel):
             made, name, arch = drawing.entry(run, planned, "objective"), planned.cell.method, planned.cell.arch
             starts, losses = made.meta["settings"]["starts"], made.tensors()["losses"]
-            label = SHOWN.get(name, name) + ("" if arch == "ConvNet" else f", {arch}")
+            label = drawing.SHOWN.get(name, name) + ("" if arch == "ConvNet" else f", {arch}")
             style = {"color": colors[name], "linestyle": "-" if arch == "ConvNet" else "--", "label": label}
             (drawn[label],) = ax.plot(starts, losses, marker="o", **style)
         ax.set(xlabel="start epoch of the expert", title=f"{panel[0]}, IPC {panel[1]}")
@@ -210,7 +213,7 @@ def figure5(run: Run) -> Figure | None:
     if not len(data):
         return None
     data = data.assign(
-        method=data["method"].replace(SHOWN),
+        method=data["method"].replace(drawing.SHOWN),
         images=["made" if method in MADE else "real" for method in data["method"]],
     )
     ipcs, methods = sorted(set(data["ipc"])), list(dict.fromkeys(data["method"]))
@@ -245,7 +248,7 @@ def figure_scaling(run: Run) -> Figure | None:
     for ax, regime in zip(axes[0], regimes, strict=True):
         for color, (planned, made) in enumerate((p, made) for p, made in found if p.cell.setting == regime):
             tensors, meta = made.tensors(), made.meta
-            name = f"{SHOWN.get(planned.cell.method, planned.cell.method)}, IPC {planned.cell.ipc}"
+            name = f"{drawing.SHOWN.get(planned.cell.method, planned.cell.method)}, IPC {planned.cell.ipc}"
             tau = meta["tau"][0]
             if min(abs(ends - tau)) < 1e-6:
                 failed.append(f"{name} under {regime}")
@@ -260,7 +263,7 @@ def figure_scaling(run: Run) -> Figure | None:
     text = (
         "Mean error of students after their passes (points), and Eqs 7 and 8 fitted to it (lines): y = a n^b prod_j"
         " (n_j / n_{j-1})^(b_j) + d, where b_j = b 2^(-(j-1)/tau). A lower b is a more useful set, a larger tau one"
-        f" that is used up more slowly. Run on {found[0][0].setup.run_on}."
+        f" that is used up more slowly. Run on {run.lab.run_on(found[0][0].setup)}."
     )
     if failed:
         which = "every line" if len(failed) == len(found) else drawing.listed(failed)
@@ -368,9 +371,9 @@ def figure_scores(run: Run, most: int = 5000) -> Figure | None:
     axes[0, 1].set(xlabel="EL2N (no unit)", ylabel="EL2N-SL, T = 20 (no unit)", title=f"rank correlation {rho:.2f}")
     figure.colorbar(hexagons, ax=axes[0, 1], label="training images in a hexagon (log scale)")
     text = (
-        f"Scores of {len(rows)} of the {total} training images ({planned.setup.run_on}), evenly spaced, at the end of"
-        " the scoring run: distance of the prediction from the label (EL2N), and from the teacher's prediction, both at"
-        " temperature 20, divided by 20 (EL2N-SL, Lemma 1)."
+        f"Scores of {len(rows)} of the {total} training images ({run.lab.run_on(planned.setup)}), evenly spaced, at the"
+        " end of the scoring run: distance of the prediction from the label (EL2N), and from the teacher's prediction,"
+        " both at temperature 20, divided by 20 (EL2N-SL, Lemma 1)."
     )
     return drawing.captioned(figure, text, run)
 
@@ -389,10 +392,10 @@ def figure_sets(run: Run, classes: int = 10) -> Figure | None:
         images = tested_images(tensors)[[int((tensors["labels"] == k).nonzero()[0]) for k in shown]]
         for column, image in enumerate(setting_of(run.lab, planned.setup).pixels(images)):
             drawing.show_image(axes[row, column], image.expand(3, -1, -1))
-        name = SHOWN.get(planned.cell.method, planned.cell.method)
+        name = drawing.SHOWN.get(planned.cell.method, planned.cell.method)
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for column, k in enumerate(shown.tolist()):
         axes[0, column].set_title(first.train.classes[k], fontsize=8)
-    run_on = found[0][0].setup.run_on
+    run_on = run.lab.run_on(found[0][0].setup)
     text = f"The first image of each class, that of the best score where images are scored. {run_on}, IPC 10."
     return drawing.captioned(figure, text, run)

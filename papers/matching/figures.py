@@ -38,7 +38,7 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
     for row, (planned, pixels) in enumerate(found):
         for column, image in enumerate(pixels[shown]):
             drawing.show_image(axes[row, column], image.expand(3, -1, -1))
-        method = "random real" if planned.cell.method == RANDOM else planned.cell.method
+        method = drawing.SHOWN.get(planned.cell.method, planned.cell.method)
         axes[row, 0].set_ylabel(method, rotation=0, ha="right", va="center", fontsize=8)
     for column, k in enumerate(shown.tolist()):
         axes[0, column].set_title(first.train.classes[k], fontsize=8)
@@ -74,6 +74,8 @@ def figure_accuracy(run: Run) -> Figure | None:
     data = drawing.values(run, "table1")
     if data is None:
         return None
+    distilled, real = set(data["method"]) != {RANDOM}, RANDOM in set(data["method"])
+    data = data.assign(method=data["method"].replace(drawing.SHOWN))
     panels, methods = drawing.panels(run, data), list(dict.fromkeys(data["method"]))
     palette = sns.color_palette(n_colors=len(methods))
     figure, axes = drawing.axes_of(2.8 * len(panels) + 1.6, 3.2, 1, len(panels))
@@ -84,8 +86,8 @@ def figure_accuracy(run: Run) -> Figure | None:
         drawing.title(ax, names, own, 2.2)
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    words = ["on distilled images, each method by its own protocol"] if set(methods) != {RANDOM} else []
-    words += ["on random real images by the protocol of DSA"] if RANDOM in methods else []
+    words = ["on distilled images, each method by its own protocol"] if distilled else []
+    words += ["on random real images by the protocol of DSA"] if real else []
     text = f"Test accuracy of ConvNets trained from scratch {', and '.join(words)}."
     text += f" {drawing.ASIDE} {drawing.where(data)} {drawing.error_bars(data)}"
     return drawing.captioned(figure, text, run, data)

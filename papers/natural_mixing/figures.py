@@ -27,7 +27,6 @@ __all__ = [
     "figure1", "figure2", "figure_controls", "figure_gain", "figure_mixtures", "figure_robustness",
 ]  # fmt: skip
 
-SHOWN = {"Random real (ours)": "random real"}
 ARMS = {"baseline": "set alone", "mixed": "mixed with real images"}
 REFERENCES = {"Full data": "other networks of all images", "Untrained": "untrained networks"}  # of similarity
 METRICS = {
@@ -121,7 +120,7 @@ def figure_gain(run: Run) -> Figure | None:
     printed = pd.DataFrame(report.load_reported(plan.ROOT / run.paper.name / "reported.csv"))
     printed = printed[(printed["table"] == "table1") & (printed["metric"] == "gain")]
     printed = printed.rename(columns={"value": "accuracy"})
-    ours = ours.assign(method=ours["method"].replace(SHOWN))
+    ours = ours.assign(method=ours["method"].replace(drawing.SHOWN))
     methods = list(dict.fromkeys([*printed["method"], *ours["method"]]))
     palette = dict(zip(methods, sns.color_palette(n_colors=len(methods)), strict=True))
     figure, axes = drawing.axes_of(8.6, 3.2, 1, 2, sharex=True, sharey=True)
@@ -149,7 +148,8 @@ def figure_controls(run: Run) -> Figure | None:
     data = drawing.values(run, "controls")
     if data is None:
         return None
-    data = data.assign(method=data["method"].replace(SHOWN))
+    data = _with_table1(run, data)
+    data = data.assign(method=data["method"].replace(drawing.SHOWN))
     arms, ipcs = list(dict.fromkeys(data["setting"])), sorted(set(data["ipc"]))
     figure, axes = drawing.axes_of(1.5 + 4.2 * len(ipcs), 3.6, 1, len(ipcs), sharey=True)
     for ax, ipc in zip(axes[0], ipcs, strict=True):
@@ -159,7 +159,10 @@ def figure_controls(run: Run) -> Figure | None:
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     words = ["with and without augmentation"] if len({arm.split(", ")[0] for arm in arms}) > 1 else []
-    words += ["with and without real images mixed in"] if any("mixed" in arm for arm in arms) else []
+    words += ["with and without real images mixed in"] if any(arm.endswith("mixed") for arm in arms) else []
+    words += ["by Adam and by SGD"] if any(arm.startswith("SGD") for arm in arms) else []
+    words += ["a share of the mixture for each image"] if any("a share per image" in arm for arm in arms) else []
+    words += ["fractals or images of any class mixed in"] if any("mixed with" in arm for arm in arms) else []
     fresh = any("alone" in arm for arm in arms)
     words += ["fresh real images of the classes in place of the set"] if fresh else []
     text = "The same sets under the same number of steps" + (f": {drawing.listed(words)}." if words else ".")
@@ -172,6 +175,20 @@ def figure_controls(run: Run) -> Figure | None:
     if data.groupby(["ipc", "method", "setting"]).ngroups < sets * len(arms):
         text += " Where a bar is missing nothing was run."
     return drawing.captioned(figure, f"{text} {drawing.where(data)} {drawing.error_bars(data)}", run, data)
+
+
+def _with_table1(run: Run, data: pd.DataFrame) -> pd.DataFrame:
+    """The controls with the results of Table I that are the same arms, where these were run for Table I alone."""
+    more = drawing.values(run, "table1")
+    if more is None:
+        return data
+    arms = {"baseline": "no augmentation", "mixed": "no augmentation, mixed"}
+    more = more[(more["metric"] == "accuracy") & more["setting"].isin(arms) & more["ipc"].isin(set(data["ipc"]))]
+    more = more[more["dataset"].isin(set(data["dataset"])) & more["method"].isin(set(data["method"]))]
+    more = more.assign(setting=more["setting"].map(arms))
+    had = set(zip(data["method"], data["ipc"], data["setting"], strict=True))
+    new = [key not in had for key in zip(more["method"], more["ipc"], more["setting"], strict=True)]
+    return pd.concat([data, more[new]])
 
 
 def figure_robustness(run: Run) -> Figure | None:
@@ -200,7 +217,8 @@ def figure_robustness(run: Run) -> Figure | None:
                 if (kind, arm) not in there:  # which would read as 0
                     ax.text(place + side, 0.5, "not run", rotation=90, fontsize=7, ha="center", va="bottom")
         ax.set(xlabel="test images", ylabel="top-1 accuracy (%)")
-        ax.set_title(f"{SHOWN.get(method, method)}, IPC {own['ipc'].iloc[0]}", fontsize=9)
+        ax.set_ylim(bottom=0)
+        ax.set_title(f"{drawing.SHOWN.get(method, method)}, IPC {own['ipc'].iloc[0]}", fontsize=9)
         ax.tick_params(axis="x", rotation=40, labelsize=7)
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
@@ -232,7 +250,8 @@ def _tests(run: Run, metrics: set[str]) -> str:
         )
     if attacks := metrics - {"sample accuracy", "corruption accuracy"}:
         pgd = any(metric.startswith("pgd") for metric in attacks)
-        words.append("under attacks of the given size in pixels" + pgd * " (PGD: 10 steps of a quarter, random start)")
+        steps = " (PGD: 10 steps of a quarter of it, random start)"
+        words.append("under attacks that move a pixel by the given share of its range" + pgd * steps)
     few = run.paper.scales[run.args.scale].get("measure", {}).get("images")
     sample = f" All are measured on the same {few:,} test images, as many of each class." if few else ""
     return f"Students of the same sets {drawing.listed(words)}.{sample}"

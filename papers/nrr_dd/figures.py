@@ -127,7 +127,7 @@ def figure_labels(run: Run) -> Figure | None:
     kinds = [kind for kind in LABELS if kind in set(data["labels"])]
     figure = _curves(run, data, hue="labels", hue_order=kinds)
     told = "; ".join(f"{name}: {words}" for name, words in TOLD.items() if name in set(data["setting"]))
-    text = f"Student accuracy by type of label. {told}. {drawing.where(data)} {drawing.error_bars(data)}"
+    text = f"Student accuracy by type of label. {told}. {drawing.where(data)} {drawing.error_bars(data)} {drawing.GAPS}"
     return drawing.captioned(figure, text, run, data)
 
 
@@ -138,13 +138,15 @@ def figure_random(run: Run) -> Figure | None:
         return None
     data["images"] = ["random real" if method == RANDOM else method for method in data["method"]]
     data["labels"] = data["label_regime"]
-    kinds = [kind for kind in (*METHODS, "random real") if kind in set(data["images"])]
+    there = dict.fromkeys((*METHODS, *data["images"]))  # in this order
+    kinds = [kind for kind in there if kind in set(data["images"]) - {"random real"}]
+    kinds += ["random real"] if "random real" in set(data["images"]) else []
     figure = _curves(
         run, data, ("images", "labels"), hue="images", hue_order=kinds, style="labels", style_order=["soft", "hard"]
     )
     text = (
         f"Student accuracy {drawing.compared(data, RANDOM)}. {drawing.ASIDE} {drawing.where(data)}"
-        f" {drawing.error_bars(data)}"
+        f" {drawing.error_bars(data)} {drawing.GAPS}"
     )
     return drawing.captioned(figure, text, run, data)
 
@@ -163,8 +165,8 @@ def figure_steps(run: Run) -> Figure | None:
 
 def figure_weight(run: Run) -> Figure | None:
     """Beyond the paper: accuracy over the weight of the distances in the student's loss, Eq. 9."""
-    words = "alpha of the distance loss (Eq. 9), on the same images; above 1 the teacher's distances win over the hinge"
-    return _sweep(run, "figure_weight", "weight of the distances, α (no unit)", words)
+    words = "α of the distance loss (Eq. 9), on the same images; above 1 the teacher's distances win over the hinge"
+    return _sweep(run, "figure_weight", "weight of the distances, α (no unit, log scale)", words, linear_to=0)
 
 
 # ---------------------------------------------------------------- storage
@@ -214,7 +216,7 @@ def figure_storage(run: Run) -> Figure:
     for kind in kinds:
         values = [found[name][kind] for name in sets]
         bars = ax.bar([places[name, kind] for name in sets], values, width, label=kind)
-        ax.bar_label(bars, [_size(value) for value in values], fontsize=6, padding=2)
+        ax.bar_label(bars, [_size(value) for value in values], fontsize=6, padding=6)
     marks = sorted(_stored(run, list(sets)))
     if marks:
         x, y = zip(*((places[name, kind], size) for name, kind, size in marks), strict=True)
@@ -242,7 +244,7 @@ def _stored(run: Run, datasets: Sequence[str]) -> set[tuple[str, str, int]]:
     regimes = {"soft": "soft labels", "boundary": "distance pairs"}
     found = set()
     for result in run.results.values():
-        if result["ipc"] == IPC and result["dataset"] in datasets:
+        if result["table"] in ("table1", "table2") and result["ipc"] == IPC and result["dataset"] in datasets:
             found.add((result["dataset"], "images", result["bytes"]["images"]))
             if (kind := regimes.get(result["label_regime"])) and result["bytes"]["labels"]:
                 found.add((result["dataset"], kind, result["bytes"]["labels"]))
@@ -300,7 +302,9 @@ def _curves(run: Run, data: pd.DataFrame, dodge: Sequence[str] = (), **roles) ->
 
 
 def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.inf) -> Figure | None:
-    """Accuracy over the number in the setting of each cell, with RDED of Table 4 as a level; logarithmic in the end.
+    """Accuracy over the number in the setting of each cell, with RDED of Table 4 as a level if its teacher is theirs.
+
+    linear_to: from where on the axis is logarithmic.
 
     None where fewer than two numbers have a result.
     """
@@ -318,16 +322,20 @@ def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.
         f" {drawing.where(data)} {drawing.error_bars(data)}"
     )
     where |= {"method": "RDED", "setting": ""}
-    level = [r["accuracy"] for r in run.values("table4") if where.items() <= r.items()]
+    level = [r for r in run.values("table4") if where.items() <= r.items()]
+    same = {_teacher_of(run, cell) for cell in data["cell"]}
+    level = [r["accuracy"] for r in level if {_teacher_of(run, r["cell"])} == same]
     if level:
         ax.axhline(fmean(level), color="0.4", linestyle="--", label="RDED (Table 4)")
-        text += " Dashed: RDED with the same data, network and IPC"
+        text += " Dashed: RDED with the same data, network, teacher and IPC"
         if len(level) > 1:
             ax.axhspan(fmean(level) - stdev(level), fmean(level) + stdev(level), color="0.4", alpha=0.15, linewidth=0)
             text += ", with its standard deviation"
         text += "."
     ax.set_xlabel(axis)
-    if linear_to < math.inf:
+    if linear_to == 0:
+        ax.set_xscale("log")
+    elif linear_to < math.inf:
         ax.set_xscale("symlog", linthresh=linear_to, linscale=0.5)
         ax.margins(x=0.05)
     numbers = sorted(set(data["value"]))
@@ -335,6 +343,11 @@ def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.
     ax.minorticks_off()
     ax.legend()
     return drawing.captioned(figure, text, run, data)
+
+
+def _teacher_of(run: Run, cell: str) -> str | None:
+    """When the teacher behind a result was trained, which tells two of the same settings apart."""
+    return next((s["finished"] for s in run.results[cell].get("stages", ()) if s["stage"] == "teacher"), None)
 
 
 def _size(count: int) -> str:

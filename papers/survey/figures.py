@@ -42,6 +42,12 @@ def _methods() -> pd.DataFrame:
     return pd.read_csv(plan.ROOT / "survey" / "methods.csv").drop_duplicates("method").set_index("method")
 
 
+def _left_out() -> str:
+    """How many numbers the figures leave out."""
+    every = [r for r in report.load_reported(plan.ROOT / "survey" / "reported.csv") if r["table"] == "table2"]
+    return f"; {len(every) - len(collected())} of {len(every)}, doubtful by their notes, are left out"
+
+
 def _looks(families: list[str]) -> dict[str, dict]:
     """A colour and a marker of its own for each family, up to twenty and fourteen: strong colours first, then pale."""
     pairs, markers = sns.color_palette("tab20"), "os^Dv<>PX*dph8"
@@ -76,7 +82,7 @@ def figure_ipc(run: Run) -> Figure:
         ax.set(title=dataset, ylabel="printed top-1 accuracy (%)" if ax is axes[0, 0] else "")
     _legend_aside(figure, axes[0])
     text = (
-        "Accuracies as the survey prints them, one line a method and network, coloured by family. Each is another"
+        f"Accuracies as the survey prints them, one line a method and network{_left_out()}. Each is another"
         " paper's claim under a protocol of its own: networks, labels and epochs differ, so lines do not rank methods."
     )
     return drawing.captioned(figure, text)
@@ -100,8 +106,8 @@ def figure_years(run: Run) -> Figure:
     axes[0, 0].set_ylabel("best printed accuracy so far (%)")
     _legend_aside(figure, axes[0])
     text = (
-        "Best accuracy that the survey prints up to each year. Soft labels of a teacher and larger networks came with"
-        " the decoupled methods, so part of the rise is the protocol."
+        f"Best accuracy that the survey prints up to each year{_left_out()}. Soft labels of a teacher and larger"
+        " networks came with the decoupled methods, so part of the rise is the protocol."
     )
     return drawing.captioned(figure, text)
 
@@ -136,7 +142,7 @@ def figure_leaderboard(run: Run) -> Figure | None:
     palette = dict(zip(SETTINGS, sns.color_palette("colorblind"), strict=False))
     figure, axes = drawing.axes_of(4.4 * len(ipcs) + 1.2, 3.4, 1, len(ipcs), sharey=True)
     for ax, ipc in zip(axes[0], ipcs, strict=True):
-        own = data[data["ipc"] == ipc]
+        own = data[data["ipc"] == ipc].assign(method=lambda d: d["method"].replace(drawing.SHOWN))
         order = own[own["setting"] == "HL"].groupby("method")["accuracy"].mean().sort_values(ascending=False).index
         sns.barplot(
             own, x="method", y="accuracy", order=order, hue="setting", hue_order=shown, errorbar="sd",
@@ -169,7 +175,7 @@ def leaderboard_scores(run: Run) -> pd.DataFrame:
         return [v / 100 for v in found[method, ipc, setting]["values"]] if (method, ipc, setting) in found else None
 
     rows = []
-    for method, ipc in sorted(dict.fromkeys((m, i) for m, i, _ in found if i is not None), key=lambda key: key[::-1]):
+    for method, ipc in sorted(dict.fromkeys((m, i) for m, i, _ in found if i is not None), key=lambda key: key[1]):
         hard, plain, soft = (of(method, ipc, s) for s in ("HL", "HL, no augmentation", "SL+KD"))
         rivals = {s: of("Random", ipc, s) for s in SETTINGS}
         whole = [v / 100 for v in full["values"]] if full else None

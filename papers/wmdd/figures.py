@@ -192,7 +192,7 @@ def figure_labels(run: Run) -> Figure | None:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     text = (
         f"Student accuracy {drawing.compared(data, RANDOM)}, on test images of the same data set. {drawing.ASIDE}"
-        f" {drawing.where(data)} {drawing.error_bars(data)}"
+        f" {drawing.where(data)} {drawing.error_bars(data)} {drawing.GAPS}"
     )
     return drawing.captioned(figure, text, run, data)
 
