@@ -14,8 +14,7 @@ DBR   students learn a mixed image from two numbers, the distances d = -log soft
       max(0, d_org^S - r) + max(0, d_aug^S - r) + a_dbr (|d_org^S - d_org| + |d_aug^S - d_aug|)         (Eqs 8-10)
 
 No code was found and the supplement with the settings was not at hand; what the paper leaves open is a field of
-`Config` with the reason of its default, or RDED's (how crops are drawn, the student) and SRe2L's (schedule, views).
-Masks are made once, of the images that CIDD gives; d has temperature 1.  Where the paper speaks twice, we take:
+`Config` with the reason of its default.  Where the paper speaks twice, we take:
   CIDD keeps      the lowest confidence (text, Figs 1 and 2), or the lowest cross-entropy (Alg. 1)   -> `confidence`
   tiles           a side of 1/beta (text), of which beta do not fill an image                       -> 1/sqrt(beta)
   DBR labels      one pair an image (Alg. 1); the 0.2 GB it quotes are one pair an image and epoch  -> an epoch
