@@ -24,7 +24,10 @@ STATUS = f"""\
 How many printed numbers have one of ours beside them: at `smoke`, on digits; at `small`, on the same data set, reduced;
 at `paper`, as published (reproduced: to two standard errors and {TOLERANCE_POINTS:g} point); no cell: this repository
 has no run for it."""
-NOTE = "Top-1 accuracy (%) after the last epoch, mean ± deviation (number of students; each on random images has its own draw)"
+NOTE = (
+    "Top-1 accuracy (%) after the last epoch, mean ± deviation (number of students; each on random images has its own"
+    " draw)"
+)
 BEGIN, END = "<!-- results: written by python -m papers.readme -->", "<!-- end of results -->"
 
 

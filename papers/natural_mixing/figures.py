@@ -162,7 +162,9 @@ def figure_controls(run: Run) -> Figure | None:
     words += ["with and without real images mixed in"] if any(arm.endswith("mixed") for arm in arms) else []
     words += ["by Adam and by SGD"] if any(arm.startswith("SGD") for arm in arms) else []
     words += ["a share of the mixture for each image"] if any("a share per image" in arm for arm in arms) else []
-    words += ["fractals or images of any class mixed in"] if any("mixed with" in arm for arm in arms) else []
+    others = {"fractals": "fractals", "any class": "images of any class"}
+    others = [what for name, what in others.items() if any(f"mixed with {name}" in arm for arm in arms)]
+    words += [f"{' or '.join(others)} mixed in"] if others else []
     fresh = any("alone" in arm for arm in arms)
     words += ["fresh real images of the classes in place of the set"] if fresh else []
     text = "The same sets under the same number of steps" + (f": {drawing.listed(words)}." if words else ".")
@@ -217,10 +219,10 @@ def figure_robustness(run: Run) -> Figure | None:
                 if (kind, arm) not in there:  # which would read as 0
                     ax.text(place + side, 0.5, "not run", rotation=90, fontsize=7, ha="center", va="bottom")
         ax.set(xlabel="test images", ylabel="top-1 accuracy (%)")
-        ax.set_ylim(bottom=0)
         ax.set_title(f"{drawing.SHOWN.get(method, method)}, IPC {own['ipc'].iloc[0]}", fontsize=9)
         ax.tick_params(axis="x", rotation=40, labelsize=7)
         ax.get_legend().remove()
+    axes[0, 0].set_ylim(bottom=0)  # of all panels, now that they have their bars
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     text = f"{_tests(run, set(data['metric']))}{_compared(run, data)} {drawing.where(data)} {drawing.error_bars(data)}"
     return drawing.captioned(figure, text, run, data)
