@@ -307,8 +307,8 @@ def correlations(run: Run, *, poor: bool = False) -> dict[str, DCS]:
     for objective in (*OBJECTIVES, TRAJECTORY):
         data = subsets(run, objective)
         data = data if poor else data[~data["poor"].astype(bool)]
-        if len(data) >= 4:
-            groups = [next((f for f in FAMILIES if name.startswith(f)), name) for name in data["method"]]
+        groups = [next((f for f in FAMILIES if name.startswith(f)), name) for name in data["method"]]
+        if len(set(groups)) >= 4:  # fewer say nothing, and a bootstrap over them less
             found[objective] = dcs(data["loss"], data["error"], data["ipc"], groups, generator=rng(0, "dcs"))
     return found
 
