@@ -37,19 +37,20 @@ def fgsm(net: nn.Module, images: Tensor, labels: Tensor, eps: float, *, prepare:
     """One step of eps from the images themselves; arguments, result and errors as of `pgd`."""
     pixels, low, high = _ball(images, labels, eps)
     with eval_mode(net):
-        return _climb(net, prepare, pixels, labels, low, high, 1, eps)
+        return _climb(net, prepare, pixels, labels, low, high, 1, eps, False)
 
 
 def pgd(
     net: nn.Module, images: Tensor, labels: Tensor, eps: float, *, prepare: Callable[[Tensor], Tensor],
     steps: int = 10, step_size: float | None = None, start: str = "random", generator: torch.Generator | None = None,
-    restarts: int = 1,
+    restarts: int = 1, stop: bool = False,
 ) -> Tensor:  # fmt: skip
     """images [B, C, H, W], uint8 or float in [0, 1], labels int64 [B] -> adversarial pixels float32 [B, C, H, W].
 
     prepare: differentiable map of float32 pixels in [0, 1] to the input of `net`.  step_size: eps / 4 where not given.
     start: "random", uniform in the ball (drawn from `generator`, image after image), or "zero", the image itself.
     restarts: of so many random starts the result with the largest margin of a wrong class is kept, image by image.
+    stop: an image stays where the network first misses it, which is all that an accuracy asks, and costs no more steps.
     The network is attacked in eval mode; its modes and its parameters' gradients are as before afterwards.
     ValueError for values that do not fit, FloatingPointError for a gradient that is not finite.
     """
@@ -58,10 +59,12 @@ def pgd(
     size = eps / 4 if step_size is None else step_size
     starts = [pixels] if start == "zero" else _random_starts(pixels, eps, generator, restarts)
     with eval_mode(net):
-        found = [_climb(net, prepare, point, labels, low, high, steps, size) for point in starts]
+        found = [_climb(net, prepare, point, labels, low, high, steps, size, stop) for point in starts]
         if restarts == 1:
             return found[0]
-        worst = torch.stack([_margin(net, prepare, point, labels) for point in found]).argmax(0)  # [B]
+        with torch.no_grad():
+            margins = [_margin(*_scores(net(prepare(point)), labels)) for point in found]
+        worst = torch.stack(margins).argmax(0)  # [B]
     return torch.stack(found)[worst, torch.arange(len(worst), device=worst.device)]
 
 
@@ -74,7 +77,8 @@ def robust_accuracy(
 
     The random start of image i depends on (seed, i, restarts) only.  batch: 1000 images on a GPU, 100 on a CPU.
     source: the network that the attack climbs (a transfer attack), with the same `prepare`; None: net itself.
-    options: steps, step_size, start and restarts of `pgd`.
+    options: steps, step_size, start and restarts of `pgd`.  An image counts as right where `net` gets it right at the
+    start and after every step; a transfer attack takes all its steps and is judged by the last.
     """
     if attack not in ATTACKS:
         raise ValueError(f"attack={attack!r} is unknown; allowed: {', '.join(ATTACKS)}")
@@ -85,14 +89,14 @@ def robust_accuracy(
     device = torch.device(device)
     batch = batch or (100 if device.type == "cpu" else 1000)
     _check_images(images, labels)
-    source, generator = net if source is None else source, rng(seed, "attack")
+    source, stop, generator = net if source is None else source, source is None, rng(seed, "attack")
     right = torch.zeros((), dtype=torch.long, device=device)
     for x, y in zip(images.split(batch), labels.split(batch), strict=True):
         x, y = x.to(device), y.to(device)
         if attack == "fgsm":
             x = fgsm(source, x, y, eps, prepare=prepare)
         else:
-            x = pgd(source, x, y, eps, prepare=prepare, generator=generator, **options)
+            x = pgd(source, x, y, eps, prepare=prepare, generator=generator, stop=stop, **options)
         with eval_mode(net), torch.no_grad():
             right += (net(prepare(x)).argmax(1) == y).sum()
     return 100 * int(right) / len(labels)
@@ -101,15 +105,24 @@ def robust_accuracy(
 # ---------------------------------------------------------------- the ascent
 
 
-def _climb(net, prepare, point: Tensor, labels: Tensor, low: Tensor, high: Tensor, steps: int, size: float) -> Tensor:
-    """`steps` signed steps up the loss from `point`, cut to [low, high] after each."""
+def _climb(
+    net, prepare, point: Tensor, labels: Tensor, low: Tensor, high: Tensor, steps: int, size: float, stop: bool
+) -> Tensor:  # fmt: skip
+    """`steps` signed steps up the loss from `point`, cut to [low, high] after each; `stop` as in `pgd`."""
+    point, moving = point.clone(), torch.arange(len(point), device=point.device)
     for step in range(steps):
-        point = (point + size * _gradient(net, prepare, point, labels, step).sign()).clamp(low, high)
+        gradient, margin = _gradient(net, prepare, point[moving], labels[moving], step)
+        if stop:
+            right = margin <= 0
+            moving, gradient = moving[right], gradient[right]
+        if not len(moving):
+            break
+        point[moving] = (point[moving] + size * gradient.sign()).clamp(low[moving], high[moving])
     return point
 
 
-def _gradient(net, prepare, pixels: Tensor, labels: Tensor, step: int) -> Tensor:
-    """Gradient in the pixels of the sum of m, in which no image sees another."""
+def _gradient(net, prepare, pixels: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Gradient in the pixels of the sum of m, in which no image sees another, and the margins [B]."""
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
         inputs = prepare(pixels)
@@ -123,7 +136,7 @@ def _gradient(net, prepare, pixels: Tensor, labels: Tensor, step: int) -> Tensor
             f"the gradient of the loss is not finite at step {step} (loss={loss.item():.4g}); look at the weights of "
             "the network and at what prepare makes of [0, 1] pixels"
         )
-    return gradient
+    return gradient, _margin(true, others)
 
 
 def _ball(images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,11 +155,9 @@ def _random_starts(pixels: Tensor, eps: float, generator: torch.Generator, resta
     return [(pixels + eps * (2 * own - 1)).clamp(0, 1) for own in noise.unbind(1)]
 
 
-@torch.no_grad()
-def _margin(net, prepare, pixels: Tensor, labels: Tensor) -> Tensor:
+def _margin(true: Tensor, others: Tensor) -> Tensor:
     """Largest logit of the wrong classes less that of the true one [B]: above 0 where the attack succeeds."""
-    true, others = _scores(net(prepare(pixels)), labels)
-    return others.amax(1) - true
+    return (others.amax(1) - true).detach()
 
 
 def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -241,6 +241,8 @@ def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> St
         return Product({}, {metric: found, "seeds": lab.entry(trained).meta["seeds"]})
 
     settings = {"attack": attack, "eps255": int(eps), "sample": len(rows), **options}
+    if attack == "pgd":
+        settings["stop"] = "at the first miss"  # part of the accuracy's meaning: see common/attacks.py
     steps = options.get("steps", 10) * options.get("restarts", 1) if attack == "pgd" else 1
     cost = len(rows) * 3 * steps * on.flops
     return lab.stage("attacked", settings, (trained,), build, cost, f"{trained.what}, {attack} {eps}/255", trained)

@@ -68,7 +68,7 @@ def test_both_reach_the_optimum_of_a_linear_network():
     assert torch.equal(fgsm(net, x, y, EPS, prepare=same), best)
     assert torch.equal(pgd(net, x, y, EPS, prepare=same, generator=rng(0)), best)  # 10 eps / 4 cross the ball
     with torch.no_grad():
-        margin = attacks._margin(net, same, best, y) - attacks._margin(net, same, x, y)
+        margin = margins(net, same, best, y) - margins(net, same, x, y)
     torch.testing.assert_close(margin, EPS * w.abs().sum((1, 2, 3)))  # eps |w|_1
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_goes_through_prepare(prepare):
     net, (x, y) = linear(), images_of(6)
     w = uphill(net, y)
     chained = w / STD if prepare is normalised else torch.func.vjp(mixed, x)[1](w)[0]
-    torch.testing.assert_close(attacks._gradient(net, prepare, x, y, 0), chained)
+    torch.testing.assert_close(attacks._gradient(net, prepare, x, y, 0)[0], chained)
     assert torch.equal(fgsm(net, x, y, EPS, prepare=prepare), x + EPS * chained.sign())
 
 
@@ -95,7 +95,7 @@ def test_the_ascent_is_that_of_cross_entropy():
     loss = F.cross_entropy(net(normalised(pixels)), y, reduction="none")
     (expected,) = torch.autograd.grad(loss.sum(), pixels)
     wrong = 1 - (-loss.detach()).exp()  # dCE/dm
-    found = attacks._gradient(net, normalised, x.double(), y, 0)
+    found, _ = attacks._gradient(net, normalised, x.double(), y, 0)
     torch.testing.assert_close(wrong[:, None, None, None] * found, expected)
 
 
@@ -117,6 +117,10 @@ def test_steps_are_a_quarter_of_eps_unless_said():
     for options, moved in (*cases, ({"steps": 2, "step_size": 0.01}, 0.02)):
         found = pgd(net, x, y, EPS, prepare=same, start="zero", **options)
         torch.testing.assert_close(found, x + moved * sign)
+
+
+def margins(net, prepare, x, y):
+    return attacks._margin(*attacks._scores(net(prepare(x)), y))
 
 
 # ---------------------------------------------------------------- against a plain loop
@@ -197,17 +201,34 @@ def test_restarts_keep_the_worst_of_each_image():
     found = pgd(net, x, y, 0.1, generator=rng(1), restarts=3, **options)
     low, high = (x - 0.1).clamp(min=0), (x + 0.1).clamp(max=1)
     each = [
-        attacks._climb(net, normalised, s, y, low, high, 2, 0.02) for s in attacks._random_starts(x, 0.1, rng(1), 3)
+        attacks._climb(net, normalised, s, y, low, high, 2, 0.02, False)
+        for s in attacks._random_starts(x, 0.1, rng(1), 3)
     ]
-    margins = torch.stack([attacks._margin(net, normalised, a, y) for a in each])  # [R, B]
-    assert margins.argmax(0).unique().numel() == 3  # each restart is the worst for some image
-    for i, r in enumerate(margins.argmax(0)):
+    worst = torch.stack([margins(net, normalised, a, y) for a in each]).argmax(0)  # [B]
+    assert worst.unique().numel() == 3  # each restart is the worst for some image
+    for i, r in enumerate(worst):
         assert torch.equal(found[i], each[r][i])
 
 
 def test_margin_is_above_0_where_the_class_is_wrong():
     net, (x, y) = curved(), images_of(40, classes=4)
-    assert torch.equal(attacks._margin(net, same, x, y) > 0, net(x).argmax(1) != y)
+    assert torch.equal(margins(net, same, x, y) > 0, net(x).argmax(1) != y)
+
+
+def test_a_stopped_image_stays_where_it_is_first_missed():
+    net, (x, y) = curved(), images_of(60, 0.0, 1.0, classes=4)
+    y[:40] = net(normalised(x))[:40].argmax(1)  # most are right at the start
+    options = {"prepare": normalised, "step_size": 0.03, "start": "zero"}
+    path = [x, *(pgd(net, x, y, 0.1, steps=steps, **options) for steps in range(1, 7))]
+    missed = torch.stack([net(normalised(point)).argmax(1) != y for point in path])  # [S, B]
+    first = torch.where(missed.any(0), missed.int().argmax(0), 6)  # [B]; the last point of an image never missed
+    assert first.unique().numel() > 3
+    found = pgd(net, x, y, 0.1, steps=6, stop=True, **options)
+    torch.testing.assert_close(found, torch.stack(path)[first, torch.arange(len(x))])
+    right = robust_accuracy(
+        net, x, y, eps=0.1, prepare=normalised, device="cpu", attack="pgd", steps=6, step_size=0.03, start="zero"
+    )
+    assert right == pytest.approx(100 * (~missed.any(0)).double().mean().item())
 
 
 # ---------------------------------------------------------------- the network afterwards
