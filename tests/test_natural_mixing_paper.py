@@ -181,7 +181,7 @@ def test_options_of_an_attack_are_used_and_named_only_where_they_are_given(lab, 
         measured_stages.measured(lab, replace(cell, metric=metric), found, (0,))[0]
         for metric, found in ((cell.metric, chosen), (cell.metric, harder), ("fgsm-8 accuracy", harder))
     )
-    assert plain.settings == {"attack": "pgd", "eps255": 8, "sample": 100}
+    assert plain.settings == {"attack": "pgd", "eps255": 8, "sample": 100, "stop": "at the first miss"}
     assert given.settings == {**plain.settings, **options} and given.flops == 10 * plain.flops
     assert fgsm.settings == {"attack": "fgsm", "eps255": 8, "sample": 100} and plain.inputs == given.inputs
     monkeypatch.setattr(lab, "entry", lambda _: SimpleNamespace(meta={"seeds": [0]}))
