@@ -79,8 +79,9 @@ def as_set(lab: Lab, found: Found, entry: Entry, **facts) -> DistilledSet:
     """A finished distill stage as a set in pixels that says how it was made; facts: further settings."""
     setup, tensors, meta = found.setup, entry.tensors(), entry.meta
     settings = {
-        **facts, "cells": found.cells, "dataset": setup.dataset, "network": setup.network, **found.stage.settings,
-        "run_on": lab.run_on(setup), "stage": entry.key, **{k: meta[k] for k in ("made", "seconds", "finished")},
+        **facts, "cells": found.cells, "dataset": setup.dataset, "network": setup.network,
+        **committed.named(found.stage), "run_on": lab.run_on(setup), "stage": entry.key,
+        **{k: meta[k] for k in ("made", "seconds", "finished")},
     }  # fmt: skip
     if "indices" in tensors:
         settings["training_images"] = tensors["indices"].tolist()

@@ -71,6 +71,11 @@ class MatchingSetup:
         return (self.dataset, self.mix.get("pool", ""))
 
     @property
+    def read_from(self) -> str:
+        """<paper>/<scale> whose committed sets are looked through: that of a set of another paper names it."""
+        return "{paper}/{scale}".format_map(self.distill) if "cell" in self.distill else self.sets_in
+
+    @property
     def keeps(self) -> bool:
         """Whether the networks of its students are kept, which is part of their name in the store."""
         return bool(self.measure.keys() - {"per_class", "trajectory"})
@@ -209,12 +214,7 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     method, config = ALGORITHMS[algorithm], _config(lab, setup, algorithm)
     settings = {**facts, "method": method.__name__.rsplit(".", 1)[-1], "config": asdict(config)}
     if lab.committed and setup.sets_in and (known := committed.found(setup.sets_in, on, settings)):
-        path, own = known
-
-        def read(work: Path) -> Product:
-            return committed.product(path, own, on)
-
-        return lab.stage("distill", {committed.SET: own.fingerprint()}, (), read, 0.0, what)
+        return committed.stage(lab, *known, on, what)
     needs = experts(lab, setup, on, mtt.ExpertConfig.of(config), seed) if method is mtt else ()
 
     def build(work: Path) -> Product:

@@ -137,7 +137,7 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
 def taken(planned: list[Planned]) -> str:
     """A line on the committed sets that are read; empty where there are none."""
     stages = ((p.setup, s) for p in planned for top in p.stages for s in top.all() if committed.SET in s.settings)
-    sets = {(setup.sets_in, stage.settings[committed.SET]) for setup, stage in stages}
+    sets = {(setup.read_from, stage.settings[committed.SET]) for setup, stage in stages}
     where = " and ".join(f"tables/{folder}/sets" for folder in sorted({folder for folder, _ in sets}))
     count = f"{len(sets)} distilled set{'s' * (len(sets) > 1)}"
     return f"{count} read from {where}; committed=false distils them here" if sets else ""

@@ -17,7 +17,7 @@ from common.resume import passes_done, resumable
 from common.selection import Scored, augment_of, scored, trial
 from common.store import Product
 from methods import cad, coresets
-from papers import image_stages
+from papers import committed, image_stages
 from papers.plan import load_paper
 
 if TYPE_CHECKING:
@@ -176,6 +176,10 @@ def _borrowed(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -
     if theirs is None or theirs.size != on.size or theirs.dataset != setup.dataset:
         raise ValueError(f"{name!r} of paper={paper} scale={scale} is no set of {setup.dataset} at {on.size} px")
     made = image_stages.IMAGES[cell.algorithm](lab, theirs, seed)
+    if lab.committed and (known := committed.found(setup.read_from, on, committed.named(made), pixels=True)):
+        path, own = known
+        pixels = image_stages.as_bytes(own.images) / 255  # as its own students see it
+        return committed.stage(lab, path, replace(own, images=pixels), on, made.what)
 
     def build(work: Path) -> Product:
         tensors = lab.entry(made).tensors()

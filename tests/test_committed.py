@@ -1,6 +1,7 @@
 """Sets committed with the tables of a paper: papers that test its sets read them, or say why not."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 from common import distilled, matching
-from papers import committed, export, matching_stages, planning, runner
+from common.distilled import write
+from papers import committed, export, image_stages, matching_stages, planning, runner, setups
 from papers.plan import ROOT, load_paper
 
 RUN = ["scale=smoke", "seeds=0", "device=cpu"]
 MATCHING = ["paper=matching", "only=table1/cifar-10/dm/convnet/1", *RUN]
 MIXING = ["paper=natural_mixing", "only=table1/cifar-10/dm/baseline/convnet/1/own", *RUN]
 COMMITTED = sorted((ROOT.parent / "tables" / "matching" / "small" / "sets").glob("*.safetensors"))
+TAUGHT = sorted((ROOT.parent / "tables" / "nrr_dd" / "small" / "sets").glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +152,60 @@ def test_learned_step_sizes_and_soft_labels_come_along(path, tmp_path):
     lab = runner.lab_of(args)
     on = matching.setting("digits", None, device=lab.device, zca=True, store=lab.store)
     whitened = replace(own, soft_labels=soft, student_lr=0.03, whitening={"fitted_on": on.train.fingerprint})
-    tensors = committed.product(path, whitened, on).tensors
+    tensors = committed._product(path, whitened, on).tensors
     assert torch.equal(tensors["soft_labels"], soft) and float(tensors["lr"]) == pytest.approx(0.03)
     assert torch.allclose(on.pixels(tensors["images"]), own.images, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_set_made_with_a_teacher_is_read_where_the_teacher_is_that_of_the_cell(tmp_path, monkeypatch):
+    """RDED's images from the smoke scale of nrr_dd, as a cell of another paper borrows them."""
+    lab = runner.lab_of(runner.parse(["paper=survey", "scale=smoke", f"store={tmp_path / 'runs'}", "device=cpu"]))
+    name, survey, lender = "table1/cifar-10/rded/convnet/1/soft", load_paper("survey"), load_paper("nrr_dd")
+    shown = next(cell for cell in survey.cells_at("smoke") if cell.id == "leaderboard/cifar-10/dm/hl/convnet/1/own")
+    chosen = setups.setup_of(survey.scales["smoke"], shown)
+    wanted = {"paper": "nrr_dd", "scale": "smoke", "cell": name, "ipc": 1}
+    chosen = replace(chosen, size=16, distill=wanted)
+    theirs = setups.setup_of(lender.scales["smoke"], next(c for c in lender.cells_at("smoke") if c.id == name))
+
+    def stage():
+        return matching_stages.images(lab, chosen, "image-set", 0)
+
+    made = image_stages.IMAGES["rded"](lab, theirs, 0)
+    found = export.Found(made, theirs, [name], "set")
+    monkeypatch.setattr(committed, "TABLES", tmp_path / "tables")
+    committed._sets.cache_clear()
+    assert committed.SET not in stage().settings
+    own = lab.entry(stage()).tensors()
+    folder = tmp_path / "tables" / "nrr_dd" / "smoke" / "sets"
+    folder.mkdir(parents=True)
+    kept = export.as_set(lab, found, lab.entry(made), paper="nrr_dd", scale="smoke")
+    write(kept, folder / "set.safetensors", "safetensors")
+    committed._sets.cache_clear()
+    read = stage()
+    assert committed.SET in read.settings and not read.needs
+    tensors = lab.entry(read).tensors()
+    assert torch.equal(tensors["labels"], own["labels"])
+    torch.testing.assert_close(tensors["images"], own["images"])
+    other = {**kept.settings["teacher"], "seed": 7}
+    write(replace(kept, settings={**kept.settings, "teacher": other}), folder / "set.safetensors", "safetensors")
+    committed._sets.cache_clear()
+    assert committed.SET not in stage().settings
+    committed._sets.cache_clear()
+
+
+@pytest.mark.slow
+def test_sets_made_with_a_teacher_are_those_that_small_would_make(tmp_path):
+    if not os.environ.get("DD_DATA"):
+        pytest.skip("the stages that make the sets are named by real images: set DD_DATA to a folder with cifar10")
+    lab = runner.lab_of(runner.parse(["paper=nrr_dd", "scale=small", f"store={tmp_path / 'runs'}", "device=cpu"]))
+    paper = load_paper("nrr_dd")
+    cells = {cell.id: cell for cell in paper.cells_at("small")}
+    for file in TAUGHT:
+        own = distilled.load(file).settings
+        cell = next(cells[name] for name in own["cells"] if name.endswith("soft"))
+        made = image_stages.IMAGES[cell.algorithm](lab, setups.setup_of(paper.scales["small"], cell), 0)
+        assert committed.alike(own, committed.named(made)), file.name
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
@@ -171,4 +225,4 @@ def test_the_sets_of_the_project_are_those_that_small_would_distil(file: Path):
 
 
 def test_the_project_has_sets():
-    assert len(COMMITTED) >= 6
+    assert len(COMMITTED) >= 6 and len(TAUGHT) >= 6
