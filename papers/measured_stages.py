@@ -331,6 +331,7 @@ def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -
     """CKA of each layer of the full-data network with each of a student's; the number is the mean of the diagonal."""
     on = matching_stages.setting_of(lab, setup)
     pixels, _, rows = test_sample(lab, setup)
+    pixels = pixels[torch.randperm(len(rows), generator=rng(0, "CKA order"))]  # a batch has images of every class
 
     def build(work: Path) -> Product:
         (theirs,), matrices = networks_of(lab, setup, reference), []
@@ -346,4 +347,4 @@ def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -
 
     cost = len(rows) * 8.0 * on.flops  # two networks, and three times that for the products of their layers
     inputs, what = (trained, reference), f"layers of {trained.what}"
-    return lab.stage("similarity", {"sample": len(rows)}, inputs, build, cost, what, trained, reference)
+    return lab.stage("similarity", {"sample": len(rows), "order": "shuffled"}, inputs, build, cost, what, trained, reference)
