@@ -117,6 +117,9 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
     inputs_of_students = {"images": on.prepare(pixels * 255).cpu(), "labels": tensors["labels"]}
     if not args.protocol:  # the budget that was matched
         protocol = replace(protocol, epochs=config.student_epochs)
+    elif protocol.epochs != config.student_epochs:
+        print(f"protocol={protocol.name}: {protocol.epochs} epochs of a student, while the scoring run matches "
+              f"student_epochs={config.student_epochs}", flush=True)  # fmt: skip
     train_and_test(store, made, on, inputs_of_students, protocol, args, device)
 
 

@@ -38,6 +38,7 @@ Needs torch alone; copy this file alone.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -405,15 +406,15 @@ def _first(snapshots: int, window: int, windows: int, include_last: bool) -> int
 
 
 def prune(scores: Tensor, labels: Tensor, ipc: int) -> Tensor:
-    """The ipc images of each class with the highest scores [N], highest first, ties by index: int64 [K*I]."""
+    """The ipc images of each class with the highest scores [N], highest first, ties by index: int64 [K*I].
+
+    A class of fewer images gives all, with a warning.
+    """
     if len(scores) != len(labels):
         raise ValueError(f"{len(scores)} scores and {len(labels)} labels; needs as many of both")
     counts = labels.bincount()
-    if counts.min() < ipc:
-        raise ValueError(
-            f"class {int(counts.argmin())} has {int(counts.min())} images, ipc={ipc} of each are asked for; pass "
-            f"ipc={int(counts.min())} or less"
-        )
+    if small := (counts < ipc).nonzero().flatten().tolist():
+        warnings.warn(f"ipc={ipc}: classes {small} have fewer images and are kept whole", stacklevel=2)
     return torch.cat([ranked(scores, labels, k)[:ipc] for k in range(len(counts))])
 
 
@@ -652,14 +653,15 @@ def check(
     if not callable(images) and (len(images) != len(labels) or not len(images)):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; needs as many of both, and at least one")
     counts = labels.cpu().bincount()
+    if not counts.all():
+        raise ValueError(f"class {int(counts.argmin())} has 0 images; number the classes from 0 without a gap")
     whole_steps(config, len(counts), len(labels))
-    if config.method == "cad":
-        prune(torch.zeros(len(labels)), labels.cpu(), config.ipc)
-    elif teacher is None:
+    if config.method != "ca2d":
+        return
+    if teacher is None:
         raise ValueError("method=ca2d scores crops with a trained teacher; pass teacher=, or method=cad")
-    else:
-        size, dtype = (size, torch.uint8) if callable(images) else (size or images.shape[2], images.dtype)
-        _check_crops(resolved(config, size), teacher, dtype, labels, size)
+    size, dtype = (size, torch.uint8) if callable(images) else (size or images.shape[2], images.dtype)
+    _check_crops(resolved(config, size), teacher, dtype, labels, size)
 
 
 def _check_crops(config: Config, teacher: nn.Module, dtype: torch.dtype, labels: Tensor, size: int) -> None:

@@ -42,6 +42,7 @@ Where DeepCore or an official code differs, and what is taken here (options have
   forgetting   an image that was never learned counts 0 in DeepCore (easiest); last of the easy ones here
   dyn_unc      the official code leaves out the last window, and has a factor of 10 that changes no ranking: neither
                is an option
+  uncertainty  DeepCore's unbalanced choice has the order reversed, most certain first; most uncertain first here
   balance      EL2N, Dyn-Unc, DUAL and GraNd rank all classes together (balanced=false); by class here
   k-means      starts are compared in a random projection, `sketch` dimensions wide; the best is refined in all of them
   network      the sources score with a ResNet-18 at a rate of 0.1; the script with its students' ConvNet, at 0.01
@@ -197,7 +198,8 @@ RUNS: dict[tuple[str | None, str], dict] = {
 def published(dataset: str, method: str, network: str = "resnet18") -> dict:
     """Settings of the scoring run of a method on a data set: fields of Config, and "augment" by name.
 
-    network: whom it trains; ResNets at a rate of 0.1, others at 0.01, as all are that give features (kmeans, kcenter).
+    network: whom it trains; ResNets at a rate of 0.1, others at 0.01.  Features (of kmeans, kcenter and herding) are
+    those of a run at 0.01, but for ImageNet and its subsets.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed: {', '.join(METHODS)}")
@@ -806,15 +808,21 @@ def craig(error: Tensor, features: Tensor, count: int, extra: int = 0) -> tuple[
 
 
 def glister(error: Tensor, features: Tensor, p: Tensor, count: int, lr: float) -> Tensor:
-    """Greedy on <g_x, mean g'>, where g' are the gradients after a step of size lr down g of every choice -> [k]."""
-    target = p - error  # one-hot
-    z, now, chosen = p.clamp(min=1e-30).log(), error, []
+    """Greedy on <g_x, mean g'>, where g' are the gradients after a step of size lr down g of every choice -> [k].
+
+    A step can make the logits so large that p_y rounds to 1 and every gain to 0: so e'_y = -sum of the other p, in
+    float64, and on a scale of its own, which the order of the gains does not see.
+    """
+    own = p - error > 0.5  # one-hot
+    z, now, chosen = p.double().clamp(min=1e-30).log(), error, []
     taken = torch.zeros(len(error), dtype=torch.bool, device=error.device)
     for _ in range(count):
         chosen.append(x := int(gains(error, features, now).masked_fill(taken, -math.inf).argmax()))
         taken[x] = True
-        z = z - lr * (1 + features @ features[x])[:, None] * error[x]
-        now = z.softmax(1) - target
+        z = z - (lr * (1 + features @ features[x]))[:, None].double() * error[x].double()
+        others = z.softmax(1).masked_fill(own, 0)
+        now = others - own * others.sum(1, keepdim=True)
+        now = (now / now.abs().amax().clamp(min=1e-300)).to(error.dtype)
     return torch.tensor(chosen)
 
 

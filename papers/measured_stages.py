@@ -43,6 +43,7 @@ OBJECTIVES = ("BN loss", "DM loss")  # how far images are from the training set,
 TRAJECTORY = "TM loss"  # the same of MTT
 LAW = ("b", "tau")  # of the scaling law
 GRID = "paper"  # where they are looked for
+LIKELIHOOD = 0.147  # of the ranges that are told: 95 % of one parameter
 REFERENCE_SEED = 1000  # that of no student, which would start from the same weights
 CLEAN = "sample accuracy"  # of the test images that are corrupted and attacked, as they are
 CORRUPTED = {"corruption accuracy": STANDARD, "corruption-19 accuracy": CORRUPTIONS, "frost accuracy": PROCEDURAL}
@@ -209,6 +210,7 @@ def _corrupted(lab: Lab, setup: MatchingSetup, trained: Stage) -> Stage:
 def details(metas: Sequence[Mapping], metric: str) -> dict:
     """For a result file, what a mean is over: accuracies by corruption, similarity by layer, a value a student each.
 
+    interval: of b or tau of a scaling law, 95 %; fit: the rest of the law.
     compared: students on released images and on those made here, over the same corruptions, and how much more they have
     on the latter; nothing where no released files were at hand.
     """
@@ -216,6 +218,9 @@ def details(metas: Sequence[Mapping], metric: str) -> dict:
     found = {}
     if name and all(name in meta for meta in metas):
         found[name] = {part: [v for meta in metas for v in meta[name][part]] for part in metas[0][name]}
+    if metric in LAW:
+        (meta,) = metas
+        found |= {"interval": list(meta[f"{metric}_range"]), "fit": {name: meta[name] for name in ("a", "d", "r2")}}
     if metric in CORRUPTED and all("compared" in meta for meta in metas):
         both = {kind: [v for m in metas for v in m["compared"][kind][metric]] for kind in ("released", "generated")}
         both["difference"] = stats.fmean(both["generated"]) - stats.fmean(both["released"])
@@ -318,12 +323,12 @@ def _law(lab: Lab, setup: MatchingSetup, trained: list[Stage]) -> Stage:
     def build(work: Path) -> Product:
         curves = torch.tensor([curve for stage in trained for curve in lab.entry(stage).meta["curves"]])
         errors = (1 - curves.mean(0) / 100).tolist()
-        law = fit_scaling_law(count, errors, epochs, GRID)
+        law = fit_scaling_law(count, errors, epochs, GRID, likelihood=LIKELIHOOD)
         facts = {"a": law.a, "d": law.d, "r2": law.r2, "b_range": law.b_range, "tau_range": law.tau_range}
         made = {"errors": torch.tensor(errors), "law": torch.tensor(law.curve), "epochs": torch.tensor(epochs)}
         return Product(made, {"b": [law.b], "tau": [law.tau], **facts, "seeds": [0]})
 
-    settings = {"images": count, "epochs": epochs, "grid": GRID}
+    settings = {"images": count, "epochs": epochs, "grid": GRID, "likelihood": LIKELIHOOD}
     return lab.stage("law", settings, trained, build, 0.0, f"scaling law of {len(trained)} students", *trained)
 
 
@@ -346,5 +351,5 @@ def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -
         return Product({"similarity": found}, {**meta, "layers": names, "seeds": lab.entry(trained).meta["seeds"]})
 
     cost = len(rows) * 8.0 * on.flops  # two networks, and three times that for the products of their layers
-    inputs, what = (trained, reference), f"layers of {trained.what}"
-    return lab.stage("similarity", {"sample": len(rows), "order": "shuffled"}, inputs, build, cost, what, trained, reference)
+    settings, inputs = {"sample": len(rows), "order": "shuffled"}, (trained, reference)
+    return lab.stage("similarity", settings, inputs, build, cost, f"layers of {trained.what}", *inputs)

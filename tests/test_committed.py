@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -222,6 +223,12 @@ def test_the_sets_of_the_project_are_those_that_small_would_distil(file: Path):
     assert (facts["size"], facts["network"]) == (32, "convnet3-instance")
     assert own.settings["zca"] == bool(setup.distill.get("zca", False))
     assert committed.alike(own.settings, {**facts, "config": config})
+
+
+def test_no_text_waits_for_a_number():
+    """A committed page whose @NAME@ was to be replaced by a result."""
+    pages = [*(ROOT.parent / "tables").rglob("*.ipynb"), *ROOT.parent.rglob("*.md")]
+    assert pages and not [page for page in pages if re.search(r"@[A-Z0-9_]+@", page.read_text(encoding="utf-8"))]
 
 
 def test_the_project_has_sets():

@@ -216,6 +216,25 @@ def test_glister_with_update_steps_the_logits():
     assert static != chosen  # the update matters here
 
 
+def test_glister_with_update_ranks_where_every_probability_rounds_to_1():
+    """Features of the size of a ConvNet's: after a few steps p_y is 1 to the last bit, and the others still differ."""
+    features, lr = 27 * F.normalize(normal(120, 64, seed=1).abs(), dim=1), 0.1  # as ReLU leaves them
+    p = normal(120, 10, seed=2).softmax(1)
+    target = F.one_hot(torch.full((120,), 1), 10).double()
+    error, g, z, chosen = p - target, explicit(p - target, features), p.log(), []
+    for _ in range(30):
+        others = (z - z[:, 1:2]).exp() * (1 - target)  # odds against the class, which p_y does not enter
+        now = (others - target * others.sum(1, keepdim=True)) / (1 + others.sum(1, keepdim=True))
+        gain = g @ explicit(now, features).mean(0)
+        gain[chosen] = -math.inf
+        chosen.append(x := int(gain.argmax()))
+        z = z - lr * (1 + features @ features[x])[:, None] * error[x]
+    assert bool(((z.softmax(1)[:, 1]) == 1).all())
+    assert coresets.glister(error, features, p, 30, lr).tolist() == chosen
+    single = coresets.glister(error.float(), features.float(), p.float(), 30, lr).tolist()
+    assert len({*single} & {*chosen}) >= 25
+
+
 def test_cal_is_the_mean_divergence_to_the_neighbours():
     features, p = normal(12, 3), normal(12, 4, seed=1).softmax(1)
     p[3] = torch.tensor([1.0, 0, 0, 0])

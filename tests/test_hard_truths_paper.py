@@ -372,6 +372,26 @@ def test_a_fitted_law_is_that_of_the_mean_curve(run, lab):
     errors = [1 - sum(pair) / 200 for pair in zip(*curves, strict=True)]
     law = fit_scaling_law(100, errors, made.tensors()["epochs"].tolist())
     assert found == pytest.approx({"b": law.b, "tau": law.tau})
+    wide = fit_scaling_law(100, errors, made.tensors()["epochs"].tolist(), likelihood=0.147)
+    told = {r["metric"]: r for r in run.results.values() if r["table"] == "scaling"}
+    assert told["b"]["interval"] == pytest.approx(list(wide.b_range))
+    assert told["tau"]["interval"] == pytest.approx(list(wide.tau_range))
+    assert told["b"]["fit"] == pytest.approx({"a": law.a, "d": law.d, "r2": law.r2})
+    (row,) = figures.scaling_fits(run).to_dict("records")
+    assert row["b"].split()[0] == f"{law.b:.3f}" and row["d (%)"] == f"{100 * law.d:.1f}"
+
+
+def test_a_fit_at_the_end_of_the_grid_is_marked():
+    def result(metric, mean, low, high):
+        return {"table": "scaling", "method": "Random", "setting": "HL", "ipc": 10, "metric": metric, "mean": mean,
+                "interval": [low, high], "fit": {"a": 1.0, "d": 0.25, "r2": 0.9}}  # fmt: skip
+
+    results = {"b": result("b", -0.5, -1.0, -0.25), "tau": result("tau", 10.0, 2.5, 10.0)}
+    (row,) = figures.scaling_fits(SimpleNamespace(results=results)).to_dict("records")
+    assert row == {
+        "method": "Random", "labels, IPC": "HL, 10", "b": "-0.500", "b, 95 %": "-1.000 (end) to -0.250",
+        "tau": "10.0 (end)", "tau, 95 %": "2.5 to 10.0 (end)", "d (%)": "25.0", "R2": "0.900",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "common_sets", "convergence", "correlations", "figure1", "figure3", "figure4", "figure5", "figure_regimes",
-    "figure_scaling", "figure_scores", "figure_selectors", "figure_sets",
+    "figure_scaling", "figure_scores", "figure_selectors", "figure_sets", "scaling_fits",
 ]  # fmt: skip
 
 REGIMES = ("HL", "SL", "SL+KD")
@@ -274,6 +274,32 @@ def figure_scaling(run: Run) -> Figure | None:
     if above:
         text += " A fitted error above 100 %, which no student can have, is cut off."
     return drawing.captioned(figure, text, run)
+
+
+def scaling_fits(run: Run) -> pd.DataFrame:
+    """One row a fitted curve: b and tau with the range of 95 % of each, d and R^2; "(end)": the last of the grid."""
+    found = {
+        (r["method"], r["setting"], r["ipc"], r["metric"]): r
+        for r in run.results.values()
+        if r["table"] == "scaling" and "interval" in r
+    }
+    ends = {"b": GRIDS[GRID][0][[0, -1]], "tau": GRIDS[GRID][1][[0, -1]]}
+    rows = []
+    for method, labels, ipc in dict.fromkeys(key[:3] for key in found):
+        row, fit = {"method": method, "labels, IPC": f"{labels}, {ipc}"}, {}
+        for name, digits in (("b", 3), ("tau", 1)):
+            result = found.get((method, labels, ipc, name))
+            if result is None:
+                continue
+            fit = result["fit"]
+
+            def told(value: float, ends=ends[name], digits=digits) -> str:
+                return f"{value:.{digits}f}" + (" (end)" if min(abs(ends - value)) < 1e-6 else "")
+
+            low, high = result["interval"]
+            row |= {name: told(result["mean"]), f"{name}, 95 %": f"{told(low)} to {told(high)}"}
+        rows.append(row | {"d (%)": f"{100 * fit['d']:.1f}", "R2": f"{fit['r2']:.3f}"})
+    return pd.DataFrame(rows)
 
 
 def subsets(run: Run, objective: str) -> pd.DataFrame:
