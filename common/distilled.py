@@ -122,7 +122,7 @@ def described(distilled: DistilledSet) -> str:
     each = str(counts.min().item()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     facts = {
         "images": f"float32 {list(images.shape)}, pixels {images.min():.3f} to {images.max():.3f}",
-        "normalised": f"mean {distilled.mean}, std {distilled.std}",
+        **_space(distilled),
         "classes": f"{len(distilled.classes)}, images of each: {each}; "
                    + ", ".join(distilled.classes[:10]) + (", ..." if len(distilled.classes) > 10 else ""),
         "soft labels": "none" if soft is None else f"{str(soft.dtype)[6:]} {list(soft.shape)}",
@@ -137,15 +137,24 @@ def described(distilled: DistilledSet) -> str:
     return "\n".join(wrapper.fill(f"{name:<{width}}{value}").rstrip() for name, value in facts.items())
 
 
+def _space(distilled: DistilledSet) -> dict[str, str]:
+    """A line on what networks are fed."""
+    if distilled.whitening is None:
+        return {"normalised": f"mean {distilled.mean}, std {distilled.std}"}
+    return {"whitened": f"{json.dumps(distilled.whitening)}: networks are fed ZCA.fit(training images)(images)"}
+
+
 def lost(distilled: DistilledSet, layout: str) -> list[str]:
     """What of a set a layout does not keep, besides its settings."""
     if layout == "safetensors":
         return []
-    words = ["mean and std: to be given when it is read, as by normalisation="]
+    words = []
     if layout == "images":
         if outside := ((distilled.images < 0) | (distilled.images > 1)).double().mean().item():
             words.append(f"values outside [0, 1], {100 * outside:.1f} % of all: cut")
         words.append("more than 8 bits of a pixel")
+    else:
+        words.append("mean and std: to be given when it is read, as by normalisation=")
     if layout != "mtt":
         words += ["soft labels"] * (distilled.soft_labels is not None)
         words += ["the learned learning rate"] * (distilled.student_lr is not None)
@@ -177,12 +186,22 @@ def main(argv: list[str]) -> None:
     if action == "info":
         print(described(distilled))
     elif action == "grid":
+        if Path(paths[1]).suffix != ".png":
+            raise UsageError(f"grid writes a PNG; {paths[1]} must end in .png")
         write_atomic(paths[1], grid(distilled.images, options.columns))
         print(f"picture: {paths[1]}")
     else:
         belongs = {".safetensors": "safetensors", ".pt": "dc"}.get(Path(paths[1]).suffix, options.layout)
         if belongs != options.layout:
             raise UsageError(f"{paths[1]} is the name of a file of layout={belongs}, not of layout={options.layout}")
+        if Path(paths[1]).suffix != SUFFIX[options.layout] and SUFFIX[options.layout]:
+            raise UsageError(f"layout={options.layout} is a file; {paths[1]} must end in {SUFFIX[options.layout]}")
+        if distilled.whitening is not None and options.layout in ("dc", "mtt"):
+            raise UsageError(
+                f"{paths[0]} was distilled under ZCA; layout={options.layout} holds what networks are fed, which takes "
+                "its training images; allowed here: safetensors, images; from Python: "
+                "write(distilled, path, 'mtt', whiten=ZCA.fit(training images))"
+            )
         write(distilled, paths[1], options.layout)
         print(f"written: {paths[1]}")
         if words := lost(distilled, options.layout):

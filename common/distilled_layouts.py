@@ -13,6 +13,7 @@ numbers (the official files hold accuracies as such), and refuse a file with any
 """
 
 import io
+import json
 import math
 import pickle
 import re
@@ -31,7 +32,7 @@ from common.distilled_set import DistilledSet
 from common.store import replacing, write_atomic
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-WEIGHTS, CLASSES = "sample_weights.txt", "classes.txt"
+WEIGHTS, CLASSES, SPACE = "sample_weights.txt", "classes.txt", "normalisation.json"
 MOST_CLASSES = 1_000_000  # a larger class number is a mistake: ImageNet-21k has 21,843
 
 
@@ -94,14 +95,17 @@ def load_mtt_pt(path: str | Path, mean: Sequence[float], std: Sequence[float], *
     return _from_normalised(path, _load_pt(images), _load_pt(labels), mean, std, classes, settings, student_lr)
 
 
-def load_image_folder(path: str | Path, mean: Sequence[float] = IMAGENET_MEAN,
-                      std: Sequence[float] = IMAGENET_STD, *, classes: Sequence[str] | None = None) -> DistilledSet:
+def load_image_folder(path: str | Path, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, *,
+                      classes: Sequence[str] | None = None) -> DistilledSet:
     """A tree `<class>/<image>` of PNG or JPEG files of one size, as SRe2L, WMDD and RDED write it.
 
     Folders named by a number (`new007`, `00007`) hold that class; others are classes in the order of their names.
-    Names come from `classes`, `classes.txt` or the folders; weights from `sample_weights.txt` (a line for each class).
+    Names come from `classes`, `classes.txt` or the folders; weights from `sample_weights.txt` (a line for each class);
+    mean, std and whitening, where not given, from `normalisation.json`, which `write_image_folder` leaves, else those
+    of ImageNet, as the released code of these methods has them.
     """
     path = Path(path)
+    space = _space(path / SPACE) if mean is None or std is None else {"mean": mean, "std": std}
     folders = sorted((item for item in path.iterdir() if item.is_dir()), key=_natural)
     files = {folder: sorted((f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES), key=_natural)
              for folder in folders}
@@ -126,8 +130,10 @@ def load_image_folder(path: str | Path, mean: Sequence[float] = IMAGENET_MEAN,
         if [len(rows[k]) if k < len(rows) else 0 for k in order] != counts:
             raise ValueError(f"{path / WEIGHTS} must have a line for each class with a weight for each of its images")
         weights = torch.tensor([weight for k in order for weight in rows[k]], dtype=torch.float64)
-    return DistilledSet(torch.stack(pixels).float() / 255, labels, names, tuple(mean), tuple(std), weights=weights,
-                        settings={"layout": "images"})
+    known = space or {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    settings = {"layout": "images"} | ({} if space else {"normalisation": "of ImageNet: the folder does not say"})
+    return DistilledSet(torch.stack(pixels).float() / 255, labels, names, tuple(known["mean"]), tuple(known["std"]),
+                        weights=weights, whitening=known.get("whitening"), settings=settings)
 
 
 def load_fkd(path: str | Path, epoch: int) -> list[FKDRecord]:
@@ -144,7 +150,7 @@ def load_fkd(path: str | Path, epoch: int) -> list[FKDRecord]:
 
 
 def write_image_folder(distilled: DistilledSet, path: str | Path) -> None:
-    """Writes `<class number>/class<k>_id<j>.png` with `classes.txt` and, if the set has weights, `sample_weights.txt`.
+    """Writes `<class number>/class<k>_id<j>.png`, `classes.txt`, `normalisation.json` and any `sample_weights.txt`.
 
     Pixels as `DistilledSet.uint8`; class folders are numbered, so that every ImageFolder reader keeps the order. Soft
     labels and the learning rate have no place in this layout. FileExistsError when `path` is there and not empty.
@@ -165,6 +171,8 @@ def write_image_folder(distilled: DistilledSet, path: str | Path) -> None:
             counts[label] += 1
             if distilled.weights is not None:
                 rows[label].append(repr(float(distilled.weights[position])))
+        space = {name: getattr(distilled, name) for name in ("mean", "std", "whitening")}
+        (folder / SPACE).write_text(json.dumps(space) + "\n")
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in distilled.classes), encoding="utf-8")
         if distilled.weights is not None:
             (folder / WEIGHTS).write_text("".join(" ".join(row) + "\n" for row in rows))
@@ -306,6 +314,18 @@ def _lines(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from None
+
+
+def _space(path: Path) -> dict:
+    """mean, std and whitening of a folder of images, or nothing where its file is not there."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(_lines(path))
+        return {"mean": tuple(map(float, found["mean"])), "std": tuple(map(float, found["std"])),
+                "whitening": found.get("whitening")}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} must hold mean and std, a list of numbers each: {error}") from None
 
 
 def _weights(path: Path) -> list[list[float]]:

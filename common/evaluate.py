@@ -23,7 +23,7 @@ from torch import Tensor
 from common import cli, matching
 from common.hardware import hardware, recorded, resolve_device
 from common.protocols import PROTOCOLS
-from common.script import WithSet, arg, read_set
+from common.script import WithSet, arg, read_set, with_dataset
 from common.script_selection import own_teacher
 from common.store import Entry, Store, digest, write_atomic
 from common.views import normalise
@@ -51,7 +51,7 @@ class Evaluation(WithSet):
 def run(argv: list[str]) -> dict:
     """Train the students that are not in the store, print their accuracies, write the result file and return it."""
     purpose = "Students of a distilled set by a named protocol, beside students of random real images."
-    args = cli.parse(Evaluation, argv, prog="python -m common.evaluate", description=purpose)
+    args = with_dataset(cli.parse(Evaluation, argv, prog="python -m common.evaluate", description=purpose))
     device, store = resolve_device(args.device), Store(Path(args.store).expanduser())
     print(f"evaluation on {hardware(device)}\n" + "  ".join(f"{k}={v}" for k, v in asdict(args).items()), flush=True)
     protocol = PROTOCOLS[args.protocol]

@@ -31,7 +31,7 @@ from common.views import Recipe, normalise
 
 __all__ = [
     "Common", "Matching", "WithSet", "arg", "keep", "parse", "read_set", "run_matching", "run_with_teacher",
-    "train_and_test",
+    "train_and_test", "with_dataset",
 ]  # fmt: skip
 
 
@@ -74,6 +74,10 @@ class Matching(Common):
 class WithSet(Common):
     """Arguments of what trains students on a set that is there already."""
 
+    dataset: str = arg(
+        "", "data set by name, or the folder name of an ImageFolder tree under data=; empty: what the set names, "
+        "digits where it names none"
+    )  # fmt: skip
     set: str = arg("", "distilled set, a file or folder of any known layout; empty: random real images")
     ipc: int = arg(10, "images per class where set= is empty", unit="images", minimum=1)
     normalisation: str = arg("", "constants of a .pt file; empty: the data set's own", choices=("", *NORMALISATION))
@@ -115,6 +119,14 @@ def keep(result: DistilledSet, args, name: str) -> None:
     result.save(target)
     write_atomic(target.with_suffix(".png"), grid(result.images[: 10 * args.ipc], min(args.ipc, 10)))
     print(f"distilled set: {target}\npicture: {target.with_suffix('.png')}", flush=True)
+
+
+def with_dataset(args: WithSet) -> WithSet:
+    """The arguments with a data set: the given one, or that which a .safetensors file says it was distilled from."""
+    if args.dataset:
+        return args
+    of_set = distilled.load(args.set).settings.get("dataset") if args.set.endswith(".safetensors") else None
+    return replace(args, dataset=of_set or "digits")
 
 
 def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matching.Setting, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from common.distilled import grid
 from common.hardware import hardware, recorded, resolve_device, resolve_precision
 from common.protocols import PROTOCOLS
 from common.resume import resumable
-from common.script import WithSet, arg, read_set
+from common.script import WithSet, arg, read_set, with_dataset
 from common.store import Product, Store, digest, write_atomic
 
 __all__ = ["run_mixing"]
@@ -47,7 +47,7 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
     own = [(f.name, f.type, f) for f in fields(method.Config)]
     both = make_dataclass("Arguments", own, bases=(Mixing,), frozen=True, namespace={"__module__": __name__})
     purpose = "Natural mixing: students of a distilled set, alone and mixed with real images."
-    args = cli.parse(both, argv, prog="python methods/natural_mixing.py", description=purpose)
+    args = with_dataset(cli.parse(both, argv, prog="python methods/natural_mixing.py", description=purpose))
     config = method.Config(**{f.name: getattr(args, f.name) for f in fields(method.Config)})
     if args.protocol:
         changed = [f"{k}={getattr(config, k)}" for k in RECIPE if getattr(config, k) != getattr(method.Config(), k)]

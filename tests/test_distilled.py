@@ -17,6 +17,7 @@ from PIL import Image
 from common.cli import UsageError
 from common.distilled import (
     DistilledSet,
+    described,
     grid,
     load,
     load_dc_pt,
@@ -24,6 +25,7 @@ from common.distilled import (
     load_image_folder,
     load_mtt_pt,
     main,
+    write,
     write_dc_pt,
     write_image_folder,
     write_mtt_pt,
@@ -223,6 +225,25 @@ def test_a_whitened_set_says_so(tmp_path):
     write_mtt_pt(made, tmp_path / "mtt", whiten=lambda images: images * 2 - 1)
     assert torch.equal(torch.load(tmp_path / "mtt" / "images_best.pt", weights_only=True), made.images * 2 - 1)
     assert torch.equal(torch.load(tmp_path / "mtt" / "images_zca_best.pt", weights_only=True), made.images)
+
+
+def test_a_folder_of_images_keeps_the_space_of_its_set(tmp_path):
+    whitening = {"zca_eps": 0.1, "fitted_on": "0" * 64}
+    images = torch.rand(2, 3, 8, 8, generator=generator(5))
+    for name, white in (("plain", None), ("white", whitening)):
+        made = DistilledSet(images, torch.arange(2), ("a", "b"), MEAN, STD, whitening=white)
+        write(made, tmp_path / name, "images")
+        back = load(tmp_path / name)
+        assert (back.mean, back.std, back.whitening) == (MEAN, STD, white)
+        assert ("whitened" in described(back)) == ("normalised" not in described(back)) == bool(white)
+    assert load(tmp_path / "plain", mean=(0.1,) * 3, std=(0.2,) * 3).mean == (0.1,) * 3
+    (tmp_path / "plain" / "normalisation.json").unlink()
+    guessed = load(tmp_path / "plain")
+    assert guessed.mean == (0.485, 0.456, 0.406) and "ImageNet" in guessed.settings["normalisation"]
+    for damaged in ("{", "[]", '{"mean": [0.1]}', '{"mean": 3, "std": 1}'):
+        (tmp_path / "plain" / "normalisation.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"normalisation\.json must hold mean and std"):
+            load(tmp_path / "plain")
 
 
 def test_datm_file_with_logits_and_learning_rate(tmp_path):
@@ -459,10 +480,15 @@ def test_command_line(tmp_path, capsys):
     assert "mean and std" in said and ("soft labels" in said) == (made.soft_labels is not None)
     assert torch.equal(load(tmp_path / "tree.safetensors").uint8(), made.uint8())
     safe = str(tmp_path / "set.safetensors")
+    replace(made, whitening={"zca_eps": 0.1}).save(tmp_path / "white.safetensors")
     for command, words in (
         (["grid", safe, "columns=2"], "columns=2 stands where a path belongs; grid needs FILE and OUT"),
         (["convert", safe, str(tmp_path / "x.pt")], "is the name of a file of layout=dc, not of layout=safetensors"),
         (["convert", safe, safe, "layout=images"], "of layout=safetensors, not of layout=images"),
+        (["convert", safe, str(tmp_path / "plain")], "layout=safetensors is a file; "),
+        (["convert", safe, str(tmp_path / "plain"), "layout=dc"], "must end in .pt"),
+        (["convert", str(tmp_path / "white.safetensors"), str(tmp_path / "mtt"), "layout=mtt"], "distilled under ZCA"),
+        (["grid", safe, str(tmp_path / "out.jpg")], "out.jpg must end in .png"),
     ):
         with pytest.raises(UsageError, match=re.escape(words)):
             main(command)

@@ -44,6 +44,17 @@ def test_a_set_is_tested_beside_random_images(place, protocol, capsys):
     assert {p: p.stat().st_mtime_ns for p in (place / "runs").glob("*/*/manifest.json")} == before  # nothing again
 
 
+def test_the_data_set_is_the_one_that_the_set_names(tmp_path):
+    on = matching.setting("digits", None, device="cpu", size=16, network="convnet2-w32")
+    tensors = matching.random_subset(on, 2, 7)
+    on.distilled(tensors, {"dataset": "cifar10"}).save(tmp_path / "set.safetensors")
+    given = evaluate.Evaluation(set=str(tmp_path / "set.safetensors"))
+    assert evaluate.with_dataset(given).dataset == "cifar10"
+    assert evaluate.with_dataset(evaluate.replace(given, dataset="svhn")).dataset == "svhn"
+    on.distilled(tensors, {}).save(tmp_path / "set.safetensors")
+    assert evaluate.with_dataset(given).dataset == evaluate.with_dataset(evaluate.Evaluation()).dataset == "digits"
+
+
 def test_the_numbers_are_those_of_the_students(place):
     on = matching.setting("digits", None, device="cpu", size=16, network="convnet2-w32")
     protocol = evaluate.replace(evaluate.PROTOCOLS["dm-2023"], epochs=2)
