@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -101,7 +102,12 @@ def parse(argv: list[str]) -> Args:
 
 
 def completed(args: Args) -> Args:
-    """`args` with scale and workers decided; UsageError for a pattern that matches no cell."""
+    """`args` with scale and workers decided.
+
+    UsageError for a pattern that matches no cell, and for data= that is no folder.
+    """
+    if args.data and args.engine == "local" and not Path(args.data).expanduser().is_dir():
+        raise cli.UsageError(f"data={args.data} is no folder here; docs/data.md says what belongs in it")
     if args.scale == "auto":
         args = replace(args, scale=default_scale(args.device)[0])
     if args.engine == "local" and not args.workers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from papers.stages import Lab, Stage
 
 ALGORITHMS = (*image_stages.IMAGES, *matching_stages.ALGORITHMS)
 LEFT_OUT = "planned, not run yet"
+STAGE_SECONDS = 1.5  # that a stage takes besides its arithmetic, by the stages of smoke
 
 
 @dataclass
@@ -108,6 +109,11 @@ def speed(lab: Lab) -> float:
     return 2 * 32 * 28 * 28 * 128 * 128 * 9 / min(times) / 2  # whole networks reach about half of a lone convolution
 
 
+def estimate(stages: Iterable[Stage], rate: float) -> float:
+    """Seconds: arithmetic at `rate` operations a second, and what every stage takes besides."""
+    return sum(stage.flops / rate + STAGE_SECONDS for stage in stages)
+
+
 def show_plan(planned: list[Planned], lab: Lab) -> str:
     """The plan as text for a terminal: cells by state, stages to run, estimated time."""
     rate, todo = speed(lab), {}
@@ -120,7 +126,7 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
             wanted = pending(p, lab)
             todo |= wanted
             state = (
-                f"to run, {len(wanted)} stages, about {clock(sum(s.flops for s in wanted.values()) / rate)}"
+                f"to run, {len(wanted)} stages, about {clock(estimate(wanted.values(), rate))}"
                 if wanted
                 else "cached"
             )
@@ -128,7 +134,7 @@ def show_plan(planned: list[Planned], lab: Lab) -> str:
         states[kind] = states.get(kind, 0) + 1
         if told(p):
             lines.append(f"  {p.cell.id:<58} {'its data are not there: see below' if absent(p) else state}")
-    total = clock(sum(s.flops for s in todo.values()) / rate)
+    total = clock(estimate(todo.values(), rate))
     head = [f"{n} cell{'s' * (n > 1)} {state}" for state, n in states.items()]
     head += filter(None, [taken(planned)])
     return "\n".join([*lines, "", *head, f"{len(todo)} stages to run, about {total} on {hardware(lab.device)}"])

@@ -27,7 +27,7 @@ from common.store import Store, write_atomic
 from papers import committed, measured_stages, plan, render, report
 from papers.arguments import Args, describe, names_scale, parse, seconds
 from papers.plan import SCALES, Cell, Paper, load_paper
-from papers.planning import Planned, absent, clock, make_plan, pending, show_plan, speed, taken
+from papers.planning import Planned, absent, clock, estimate, make_plan, pending, show_plan, speed, taken
 from papers.setups import outdated
 from papers.stages import Lab, Stage
 
@@ -146,7 +146,24 @@ def run(args: Args) -> Run:
         finally:
             finished = gathered(args, paper, lab, planned, folder)
             write_report(finished)
+            if line := earlier(finished):
+                print(line, flush=True)
     return finished
+
+
+def earlier(finished: Run) -> str:
+    """A line on the results that the tables have from earlier runs, or from the project; empty where there are none."""
+    own = {p.cell.id for p in finished.planned if p.stages and not p.why}
+    others = [result for cell, result in finished.results.items() if cell not in own]
+    if not others:
+        return ""
+    made = sorted({result["finished"][:10] for result in others})
+    when = made[0] if len(made) == 1 else f"{made[0]} to {made[-1]}"
+    count = f"{len(others)} result{'s' * (len(others) > 1)}"
+    return (
+        f"of this run: {len(finished.results) - len(others)}; the tables and figures also show {count} that were in "
+        f"{finished.folder / 'cells'} before ({when}); out=FOLDER keeps a run by itself"
+    )
 
 
 def gathered(args: Args, paper: Paper, lab: Lab, planned: list[Planned], folder: Path) -> Run:
@@ -185,7 +202,7 @@ class Budget:
 
     def cost(self, p: Planned) -> float:
         """Estimated seconds."""
-        return sum(s.flops for s in pending(p, self.lab).values()) / self.rate
+        return estimate(pending(p, self.lab).values(), self.rate)
 
     def spent(self) -> float:
         return time.monotonic() - self.start

@@ -256,7 +256,8 @@ def test_errors_are_one_sentence_of_the_first_process(tmp_path):
         (["help"], 0, "torchrun --nproc-per-node=N -m papers.teacher"),
         (["paper=wmdd", "engine=ray"], 2, "unknown key 'engine'"),
         (["paper=wmdd", "scale=smoke", "device=gpu"], 2, "allowed: auto, cpu, cuda"),
-        (["paper=wmdd", "scale=small", "data=/nowhere", "store=/nowhere"], 1, "no teacher to train: missing data"),
+        (["paper=wmdd", "scale=small", "data=/nowhere", "store=/nowhere"], 2, "data=/nowhere is no folder"),
+        (["paper=wmdd", "scale=small", "data=/", "store=/nowhere"], 1, "no teacher to train: missing data"),
         (["paper=matching", "scale=smoke", "only=table1/random"], 1, "the cells asked for have none"),
     ],
 )

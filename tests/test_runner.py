@@ -127,6 +127,14 @@ def test_a_second_run_makes_nothing_again(column, place):
 
 
 @pytest.mark.slow
+def test_results_of_earlier_runs_are_told_apart(column, place, capsys):
+    assert not runner.earlier(column)
+    run = runner.run(arguments(place, "only=table1/imagenette/wmdd/1/soft"))
+    assert len(run.results) == 8  # what the folder has stays in the tables
+    assert "of this run: 1; the tables and figures also show 7 results that were in" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_others_go_on(column, place, monkeypatch):
     def broken(*_):
         raise FloatingPointError("the recover loss is nan at step 7")
@@ -228,6 +236,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path, capsys):
         ("seeds=-1", "-1"),
         ("speed=1", "speed"),
         ("precision=fp16", "bf16"),
+        ("data=/nowhere", "data=/nowhere is no folder here"),
     ],
 )
 def test_wrong_arguments_name_what_is_allowed(argument, words, capsys):
