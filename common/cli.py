@@ -36,6 +36,7 @@ Config = TypeVar("Config")
 
 HELP = ("help", "--help", "-h")
 WIDTH = 100  # columns of the help table
+LONGEST = 30  # characters of a default that has a column
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
@@ -136,7 +137,10 @@ def help_text(config_class: type, *, prog: str, description: str) -> str:
     """Every field with its default, unit, meaning and allowed values, one line each where 100 columns hold it."""
     rows = [("key", "default", "unit", "meaning")]
     for item in fields(config_class):
-        rows.append((item.name, _shown_default(item), item.metadata.get("unit") or "", _meaning(config_class, item)))
+        default, meaning = _shown_default(item), _meaning(config_class, item)
+        if len(default) > LONGEST:  # one that would push all meanings out of the terminal
+            default, meaning = "(long)", f"{meaning}; default: {default}"
+        rows.append((item.name, default, item.metadata.get("unit") or "", meaning))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"usage: {prog} key=value ...", "", *textwrap.wrap(description, WIDTH), ""]
     for *cells, meaning in rows:

@@ -244,7 +244,7 @@ def train_and_test(
     spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
     print(
         f"students: {stats.fmean(found):.2f}{spread} % on {len(on.test)} test images "
-        f"({len(found)} students, protocol {protocol.name}, last epoch)"
+        f"({len(found)} student{'s' * (len(found) > 1)}, protocol {protocol.name}, last epoch)"
     )
 
 

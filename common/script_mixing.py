@@ -86,7 +86,7 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
 
 def _say(name: str, found: list[float], on: matching.Setting, how: str) -> None:
     spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
-    tested = f"{len(on.test)} test images ({len(found)} students, {how})"
+    tested = f"{len(on.test)} test images ({len(found)} student{'s' * (len(found) > 1)}, {how})"
     print(f"{name}: {stats.fmean(found):.2f}{spread} % on {tested}", flush=True)
 
 

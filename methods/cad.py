@@ -32,7 +32,7 @@ What the paper leaves open, and what we take:
 On small sets this recipe is the students' own (DSA, no Nesterov, batch 256).  On ImageNet and its subsets it has random
 resized crops and flips, batch 128 at every IPC (students: 50, 128 and 200 at IPC 10, 50 and 100; fewer on subsets)
 and Nesterov's momentum (students: without).  The script's own students train by hard-truths-hard, with DSA, always.
-Needs torch alone; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

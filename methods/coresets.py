@@ -48,7 +48,7 @@ Where DeepCore or an official code differs, and what is taken here (options have
   network      the sources score with a ResNet-18 at a rate of 0.1; the script with its students' ConvNet, at 0.01
   pretrained   DeepCore has CAL's neighbours and the k-center features of a network pretrained on ImageNet; those of the
                scoring run here, as for all others
-Needs torch alone; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

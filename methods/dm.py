@@ -24,7 +24,7 @@ Where this departs from the official code, and why:
   affine maps  corners are aligned, as in the PyTorch release the paper used   (in the augmentation that is passed in)
   small class  the whole class is its batch where it has fewer than `batch_real` images, also with BatchNorm
   dropout      off, where a network has it
-Needs torch alone; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

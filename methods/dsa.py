@@ -26,7 +26,7 @@ Paper against released code, and what we take:
 
 How it is computed: the synthetic side, a few images of each class with a double backward, is one `vmap` over classes;
 the real side, hundreds of images of each, plain autograd class by class in pieces of one size, which a `vmap` slows.
-Needs torch; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ Where this departs from the official code, and why:
   step size       the code lets alpha turn negative and the run end in NaN; here that stops         -> `min_student_lr`
   published rows  ambiguous ones say so beside the table
   selection       papers print the best evaluation on the test set; here the last iterate is the result
-Needs torch alone; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

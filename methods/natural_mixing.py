@@ -25,7 +25,7 @@ Where paper and official code differ or leave something open, and what is taken:
   seed          the script trains with and without mixing from one fixed seed: here from one `generator`
   soft labels   not in the paper: the label of s stays, hard or soft, and its largest entry is the class of x
 
-Needs torch alone; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ No code was found and the supplement with the settings was not at hand; what the
   DBR labels      one pair an image (Alg. 1); the 0.2 GB it quotes are one pair an image and epoch  -> an epoch
 The command trains the teacher by SRe2L's recipes on CIFAR and Tiny-ImageNet and by WMDD's elsewhere, with 50 epochs
 (`teacher_epochs`), and the student by RDED's recipe.
-Needs torch; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Paper against released code, and what we take:
   pool size   a default of 600 in the code is more than a class of CIFAR-100 has      -> 300, as in its scripts
   teacher     published weights by a recipe that is not; torchvision's on ImageNet-1K -> trained by the command: SRe2L's
               recipes on CIFAR and Tiny-ImageNet, WMDD's elsewhere, `teacher_epochs`=50
-Needs torch; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

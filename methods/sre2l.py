@@ -39,7 +39,7 @@ What this file does not hold, and the command adds (papers/nrr_dd has the tables
   student         400 epochs, Mixup, T=30 on CIFAR; 100 epochs, SGD, T=20 with    -> that of ImageNet-1K everywhere: 300
                   T^2 on Tiny-ImageNet; batches of 1,024 on ImageNet-1K           epochs, AdamW, CutMix, batches of 100
   normalisation   CIFAR-100 and Tiny-ImageNet by constants of their own           -> ImageNet's everywhere
-Needs torch; copy this file alone.
+Copied alone, as a module, it needs torch; the command line is this repository's.
 """
 
 from __future__ import annotations

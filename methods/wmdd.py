@@ -14,7 +14,7 @@ Paper against released code, and what we take (docs: papers/wmdd/quirks.md):
   PCBN            Eq. 13 sums squares over classes; the code averages plain norms     -> `loss`
   weights         learned (Eqs 7-10); the code runs with uniform ones                 -> `weights`
   resolution      the code distils Tiny-ImageNet at 224 px                            -> `size` of what you pass in
-Needs torch and POT; copy this file alone.
+Copied alone, as a module, it needs torch and POT; the command line is this repository's.
 """
 
 from __future__ import annotations

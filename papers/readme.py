@@ -42,8 +42,9 @@ def results(tables: Path) -> str:
 def page(tables: Path) -> str:
     """docs/results.md: what every paper has on real images."""
     head = "# Results on real images\n\nWritten by `python -m papers.readme` from the result files under `tables/`."
-    note = f"{NOTE}; where each number comes from: [claims.md](claims.md). What was found in words, and why: quirks.md"
-    note += " and the notebooks under `tables/<paper>/small/`."
+    note = f"{NOTE}; where each number comes from: [claims.md](claims.md). What was found in words, and why: the pages"
+    pages = (f"[{name}](../papers/{name}/quirks.md)" for name in sorted(papers()))
+    note += f" of {', '.join(pages)}, and the notebooks under `tables/<paper>/small/`."
     real = {
         "WMDD": wmdd(tables), "Matching": matching(tables, "paper") or matching(tables, "small"),
         "NRR-DD": nrr_dd(tables), "Mixing with real images": mixing(tables),
