@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import distilled_set
@@ -36,7 +37,7 @@ from common.distilled_layouts import (
 from common.distilled_set import DistilledSet, to_uint8
 from common.store import write_atomic
 
-__all__ = ["SUFFIX", "DistilledSet", "FKDRecord", "described", "grid", "load", "load_dc_pt", "load_fkd",
+__all__ = ["SUFFIX", "DistilledSet", "FKDRecord", "class_grid", "described", "grid", "load", "load_dc_pt", "load_fkd",
            "load_image_folder", "load_mtt_pt", "png", "write", "write_dc_pt", "write_image_folder", "write_mtt_pt"]
 
 GAP = 2  # px between the images of a grid
@@ -101,6 +102,19 @@ def grid(images: Tensor, columns: int) -> bytes:
         top, left = position // columns * height, position % columns * width
         canvas[:, top:top + height - GAP, left:left + width - GAP] = image
     return png(canvas)
+
+
+def class_grid(images: Tensor, labels: Tensor, most: int = 10) -> bytes:
+    """A PNG with a row for each of the first ten classes, at most `most` images; a class of fewer leaves its row open.
+
+    images as of `grid`, labels int64 [M].
+    """
+    labels = labels.cpu()
+    shown = [(labels == k).nonzero().flatten()[:most] for k in range(min(10, int(labels.max()) + 1))]
+    columns, white = max(map(len, shown)), 255 if images.dtype == torch.uint8 else 1.0
+    found = [images[own.to(images.device)].cpu() for own in shown]
+    rows = [F.pad(own, (0, 0) * 3 + (0, columns - len(own)), value=white) for own in found]
+    return grid(torch.cat(rows), columns)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from common import networks
 from common.augment import ZCA, DiffAugment, rng
 from common.datasets import Dataset, Stream, info, load
 from common.datasets_table import NORMALISATION
-from common.distilled import DistilledSet, grid
+from common.distilled import DistilledSet, class_grid
 from common.protocols import PROTOCOLS, Protocol
 from common.resume import resumable
 from common.store import Checkpoint, Product, Store
@@ -199,12 +198,10 @@ def distil(
 
 
 def preview(on: Setting, tensors: dict[str, Tensor]) -> bytes:
-    """A PNG grid of the first ten classes, at most ten images each; a class of fewer leaves its row open."""
+    """A PNG of a set in network-input space: `class_grid` of its pixels."""
     labels = tensors["labels"].cpu()
-    shown = [(labels == k).nonzero().flatten()[:10] for k in range(min(10, len(on.train.classes)))]
-    columns, found = max(map(len, shown)), on.pixels(tested_images(tensors)[torch.cat(shown)])
-    rows = [F.pad(own, (0, 0) * 3 + (0, columns - len(own)), value=1.0) for own in found.split([*map(len, shown)])]
-    return grid(torch.cat(rows), columns)
+    few = (labels < 10).nonzero().flatten()
+    return class_grid(on.pixels(tested_images(tensors)[few]), labels[few])
 
 
 def tested_images(tensors: dict[str, Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from common import cli, distilled, matching, networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream, info, load
 from common.datasets_table import NORMALISATION
-from common.distilled import DistilledSet, grid
+from common.distilled import DistilledSet, class_grid
 from common.hardware import bf16_is_fast, hardware, precision_name, recorded, resolve_device, resolve_precision
 from common.labels import Loss, Online, kd_loss
 from common.protocols import PROTOCOLS, Protocol
@@ -117,7 +117,7 @@ def keep(result: DistilledSet, args, name: str) -> None:
     """Write the set and its picture, and say where."""
     target = Path(args.out).expanduser() / f"{name}_{args.dataset}_ipc{args.ipc}.safetensors"
     result.save(target)
-    write_atomic(target.with_suffix(".png"), grid(result.images[: 10 * args.ipc], min(args.ipc, 10)))
+    write_atomic(target.with_suffix(".png"), class_grid(result.images, result.labels))
     print(f"distilled set: {target}\npicture: {target.with_suffix('.png')}", flush=True)
 
 

@@ -20,7 +20,7 @@ from common import datasets_decode as decoding
 from common import networks, teachers
 from common.augment import rng
 from common.datasets import Dataset, Stream
-from common.distilled import grid
+from common.distilled import class_grid
 from common.networks import forward_flops
 from common.resume import passes_done, resumable
 from common.store import Product
@@ -36,7 +36,6 @@ __all__ = [
     "untrained", "whole", "wmdd_images",
 ]  # fmt: skip
 
-PREVIEW_PER_CLASS = 10
 CHECKED = 200  # real training images that a teacher must not be near chance on
 PARTS = 16  # stages that the passes of a recovery are dealt out to
 BLOCK = 100  # classes whose statistics are one stage: minutes of ImageNet-1K; and whose barycenters are: seconds
@@ -410,11 +409,7 @@ def resumed(work: Path, restore: Callable, passes: int, config) -> AbstractConte
 
 
 def distilled_set(tensors: dict[str, Tensor], meta: dict, train: Dataset | Stream) -> Product:
-    ipc = len(tensors["labels"]) // len(train.classes)
-    show = torch.cat(
-        [torch.arange(k * ipc, k * ipc + min(ipc, PREVIEW_PER_CLASS)) for k in range(min(10, len(train.classes)))]
-    )
-    preview = grid(tensors["images"][show], min(ipc, PREVIEW_PER_CLASS))
+    preview = class_grid(tensors["images"], tensors["labels"])
     meta |= {"classes": list(train.classes), "mean": list(train.mean), "std": list(train.std)}
     meta["bytes"] = tensors["images"].numel()  # stored as uint8
     return Product(tensors, meta, {"preview.png": preview})

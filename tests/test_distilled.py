@@ -17,6 +17,7 @@ from PIL import Image
 from common.cli import UsageError
 from common.distilled import (
     DistilledSet,
+    class_grid,
     described,
     grid,
     load,
@@ -496,3 +497,15 @@ def test_command_line(tmp_path, capsys):
     for wrong in (["draw", "x"], ["info"], ["grid", "x"], ["info", str(source), "layout=jpeg"], ["info", "x", "y"]):
         with pytest.raises(UsageError):
             main(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_row_for_each_class(dtype):
+    """Three images of class 0, one of class 1, whose row is white where it has none."""
+    shades = torch.tensor([10, 20, 30, 200]).view(4, 1, 1, 1).expand(4, 1, 4, 4)
+    images = shades.to(torch.uint8) if dtype == torch.uint8 else shades / 255
+    labels = torch.tensor([0, 1, 0, 0])
+    picture = np.array(Image.open(io.BytesIO(class_grid(images, labels))))
+    assert picture.shape == (10, 16)
+    assert picture[0, [0, 6, 12]].tolist() == [10, 30, 200] and picture[6, [0, 6, 12]].tolist() == [20, 255, 255]
+    assert np.array(Image.open(io.BytesIO(class_grid(images, labels, most=1)))).shape == (10, 4)
