@@ -5,6 +5,8 @@ Rendered from the result files under tables/, and a test compares the two, so th
 
 from __future__ import annotations
 
+import json
+import statistics as stats
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,7 +22,9 @@ PAGE = ROOT.parent / "docs" / "claims.md"
 HEAD = f"""# Claims
 
 One row a number that was computed here on real images: the printed number, ours (mean ± standard deviation, how many
-students), what it was run on, and the commit and hardware. Numbers of digits (`scale=smoke`) show that everything runs
+students) and what it has over print, what it was run on, and the commit and hardware. First the numbers of a paper that
+have a printed one, then its other cells: random images, controls, comparisons of our own. A cell bears the name of the
+printed data set, `run on` says what was taken in its place. Numbers of digits (`scale=smoke`) show that everything runs
 and claim nothing; they are counted, and lie in `tables/<paper>/smoke`. With published settings a number is `reproduced`
 where the means lie within two standard errors of their difference and {TOLERANCE_POINTS:g} point, else it `differs`;
 reduced settings or other data are `not comparable`; a printed number of another data set has its name behind it.
@@ -42,25 +46,47 @@ def page(tables: Path) -> str:
 
 
 def section(name: str, found: dict[str, list]) -> str:
-    """One paper: how many numbers it prints and how many were run, then a row for each on real images."""
+    """One paper: how many numbers it prints and how many were run, then the rows of those on real images."""
     paper, printed = load_paper(name), load_reported(ROOT / name / "reported.csv")
     lines = [f"## {name}", "", f"{len(printed)} printed numbers."]
-    rows = []
+    beside, alone, drawn = [], [], []
     for scale, cells in found.items():
         if not cells:
             continue
         status = statuses(paper, scale, cells, printed)
         counts = Counter(status[row_key(c)] for c in cells)
         lines.append(f"`{scale}`: {len(cells)} cells run: {', '.join(f'{n} {what}' for what, n in counts.items())}.")
-        if scale != "smoke":
-            rows += [row(c, name, scale, status[row_key(c)], printed_for(paper, c, printed)) for c in cells]
-    if rows:
-        heads = ("scale", "cell", "printed", "ours", "status", "run on", "seconds", "finished", "commit", "hardware")
-        lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *rows]
-    drawn = [figure(name, scale, *of) for scale in found if scale != "smoke" for of in paper.figures.items()]
-    if any(drawn):
-        lines += ["", "| scale | figure | what it shows |", "|---|---|---|", *filter(None, drawn)]
+        if scale == "smoke":
+            continue
+        for c in cells:
+            theirs = printed_for(paper, c, printed)
+            (beside if theirs else alone).append(row(c, name, scale, status[row_key(c)], theirs))
+        drawn += filter(None, (figure(name, scale, *of) for of in paper.figures.items()))
+        drawn += evaluations(name, scale)
+    made = ("run on", "seconds", "finished", "commit", "hardware")
+    lines += listed(("scale", "cell", "printed", "ours", "ours - printed", "status", *made), beside)
+    lines += listed(("scale", "cell", "ours", *made), alone)
+    lines += listed(("scale", "file", "what it shows"), drawn)
     return "\n".join([*lines, ""])
+
+
+def listed(heads: tuple[str, ...], rows: list[str]) -> list[str]:
+    """A table of Markdown with an empty line before it, or nothing where it has no rows."""
+    return ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *rows] if rows else []
+
+
+def evaluations(paper: str, scale: str) -> list[str]:
+    """A line for each file of `python -m common.evaluate` that is committed beside the tables."""
+    lines = []
+    for path in sorted((ROOT.parent / "tables" / paper / scale / "evaluations").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        values, made = found["accuracies"], found["accuracies_made"]
+        mean = f"{stats.fmean(values):.2f}" + (f" ± {stats.stdev(values):.2f}" if len(values) > 1 else "")
+        what = f"`common.evaluate` of {Path(found['arguments']['set']).name} by {found['protocol']['name']}"
+        told = f"{what}, {found['protocol']['epochs']} epochs: {mean} ({len(values)}), {made['finished'][:10]}"
+        told += f", {made['made']['hardware']}"
+        lines.append(f"| {scale} | [{path.stem}](../tables/{paper}/{scale}/evaluations/{path.name}) | {told} |")
+    return lines
 
 
 def figure(paper: str, scale: str, name: str, caption: str) -> str:
@@ -99,17 +125,19 @@ def printed_for(paper, cell: dict, printed: list) -> dict | None:
 
 
 def row(cell: dict, paper: str, scale: str, status: str, theirs: dict | None) -> str:
-    """One line of the table."""
-    number = "-" if theirs is None else f"{theirs['value']:g}"
-    number += f" ± {theirs['std']:g}" if theirs and theirs["std"] is not None else ""
-    number += f" ({other})" if theirs and (other := stood_for(cell["dataset"], cell["run_on"])) else ""
+    """One line of the tables: with the printed number and ours less it, or of a cell without one."""
+    number = []
+    if theirs:
+        text = f"{theirs['value']:g}" + (f" ± {theirs['std']:g}" if theirs["std"] is not None else "")
+        other = stood_for(cell["dataset"], cell["run_on"])  # a difference of two data sets would mean nothing
+        number = [text + (f" ({other})" if other else ""), "-" if other else f"{cell['mean'] - theirs['value']:+.2f}"]
     count = len(cell["values"])
     ours = f"{cell['mean']:.2f}" + (f" ± {cell['std']:.2f}" if count > 1 else "") + f" ({count})"
     commit, _, changed = (cell.get("commit") or "-").partition("+")
     seconds, commit = sum(cell["seconds"].values()), commit[:10] + ("+" + changed if changed else "")
     file = f"../tables/{paper}/{scale}/cells/{cell['cell'].replace('/', '_')}.json"
-    what = (scale, f"[`{cell['cell']}`]({file})", number, ours, status, cell["run_on"])
-    texts = (*what, f"{seconds:.0f}", cell["finished"][:10], commit, cell["hardware"])
+    what = (scale, f"[`{cell['cell']}`]({file})", *number[:1], ours, *number[1:], *([status] if theirs else []))
+    texts = (*what, cell["run_on"], f"{seconds:.0f}", cell["finished"][:10], commit, cell["hardware"])
     return "| " + " | ".join(texts) + " |"
 
 
