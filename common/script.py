@@ -99,7 +99,10 @@ def parse(
         elif f.name not in taken:
             own.append((f.name, f.type, f))
     both = make_dataclass("Arguments", own, bases=(shared,), frozen=True, namespace={"__module__": __name__})
-    args = cli.parse(both, argv, prog=f"python methods/{name}.py", description=f"{name.upper()}: {purpose}.")
+    told = f"{name.upper()}: {purpose}."
+    if published:
+        told += " Published settings of dataset= and ipc= replace defaults; the run prints what it takes."
+    args = cli.parse(both, argv, prog=f"python methods/{name}.py", description=told)
     given = {a.split("=", 1)[0] for a in argv}
     rows = {**published.get((args.dataset, None), {}), **published.get((args.dataset, args.ipc), {})}
     args = replace(args, **{k: v for k, v in rows.items() if k not in given})

@@ -106,7 +106,7 @@ def completed(args: Args) -> Args:
 
     UsageError for a pattern that matches no cell, and for data= that is no folder.
     """
-    if args.data and args.engine == "local" and not Path(args.data).expanduser().is_dir():
+    if args.data and args.engine == "local" and not args.dry_run and not Path(args.data).expanduser().is_dir():
         raise cli.UsageError(f"data={args.data} is no folder here; docs/data.md says what belongs in it")
     if args.scale == "auto":
         args = replace(args, scale=default_scale(args.device)[0])

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from common.store import Product, Store
 from papers import planning, runner
 from papers.plan import ROOT, load_paper
+from papers.show import Shown
 from papers.stages import Lab
 from papers.wmdd import figures, toy
 
@@ -282,12 +283,7 @@ def checks(notebook, smoke):
         for result in smoke.results.values():
             result["mean"], result["std"] = sum(result["values"]) / 2, 0.7
         teachers = {("ImageNette", "digits, 32 px"): smoke.results[next(iter(smoke.results))]["teacher_accuracy"]}
-
-        def accuracies(name, **wanted):
-            found = [r for r in smoke.results.values() if r["table"] == name and wanted.items() <= r.items()]
-            return sorted(found, key=lambda r: r["ipc"])
-
-        names = {"finished": smoke, "teachers": teachers, "accuracies": accuracies, "pairwise": pairwise}
+        names = {"finished": smoke, "teachers": teachers, "accuracies": Shown(smoke).accuracies, "pairwise": pairwise}
         exec(cell(notebook, "checks"), names)
 
     return run

@@ -342,7 +342,7 @@ def test_notebook_shows_every_table_and_figure(notebook):
 def names(notebook, smoke):
     """What cells of the notebook find when they start: the shared helpers, and what display() was given."""
     said: list[str] = []
-    code = next("".join(c["source"]) for c in notebook["cells"] if "def accuracies" in "".join(c["source"]))
+    code = next("".join(c["source"]) for c in notebook["cells"] if "Shown(finished)" in "".join(c["source"]))
     found = {"finished": smoke, "display": said.append, "Markdown": str, "said": said, "pairwise": pairwise}
     exec(code, found)
     return found
