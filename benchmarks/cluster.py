@@ -36,7 +36,7 @@ from common import cli
 from common.hardware import hardware, made
 from common.store import write_atomic
 from papers import cluster, planning, runner
-from papers.plan import load_paper
+from papers.cells import load_paper
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ("table1/cifar-10/random/1", "table1/cifar-10/random/10")

@@ -12,7 +12,7 @@ import torch
 
 from common import cli
 from common.hardware import own_cpus, precision_name, resolve_device, resolve_precision
-from papers.plan import SCALES, load_paper, papers, select
+from papers.cells import SCALES, load_paper, papers, select
 
 MOST = 2**63 - 1  # largest seed of a generator
 MOST_WORKERS = 8  # of the default: each takes up to 2 GiB at smoke

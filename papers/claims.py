@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import cli
 from common.store import write_atomic
-from papers.plan import ROOT, SCALES, load_paper, papers
+from papers.cells import ROOT, SCALES, load_paper, papers
 from papers.render import stood_for
 from papers.report import KEY, TOLERANCE_POINTS, load_cells, load_reported, table_rows
 from papers.setups import outdated

@@ -27,8 +27,8 @@ from common.hardware import own_cpus, threads_each
 from common.store import write_atomic
 from papers import matching_stages, planning, runner
 from papers.arguments import Args
+from papers.cells import Cell, load_paper
 from papers.matching_stages import MatchingSetup
-from papers.plan import Cell, load_paper
 from papers.planning import Planned
 from papers.setups import setup_of
 from papers.stages import Lab, Stage

@@ -18,7 +18,7 @@ import torch
 from common import matching
 from common.distilled_set import DistilledSet, read
 from common.store import Product
-from papers.plan import ROOT
+from papers.cells import ROOT
 
 if TYPE_CHECKING:
     from papers.stages import Lab, Stage

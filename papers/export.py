@@ -16,8 +16,8 @@ from common.distilled import SUFFIX, DistilledSet, write
 from common.store import Entry
 from papers import committed, matching_stages, planning, runner
 from papers.arguments import Args, completed
+from papers.cells import load_paper
 from papers.matching_stages import MatchingSetup
-from papers.plan import load_paper
 from papers.planning import Planned
 from papers.setups import Setup
 from papers.stages import Lab, Stage

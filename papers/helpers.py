@@ -23,7 +23,7 @@ import torch
 from common.hardware import threads_each
 from papers import planning, runner
 from papers.arguments import Args
-from papers.plan import load_paper
+from papers.cells import load_paper
 from papers.planning import Planned
 from papers.runner import Budget
 from papers.stages import Lab, Stage

@@ -21,7 +21,7 @@ from common.store import Product
 from common.views import Recipe, normalise
 from methods import coresets, dc, dm, dsa, mtt
 from papers import committed, mixing_stages, selection_stages
-from papers.plan import Cell, merged
+from papers.cells import Cell, merged
 
 if TYPE_CHECKING:
     from papers.stages import Lab, Stage

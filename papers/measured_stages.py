@@ -29,8 +29,8 @@ from common.store import Product
 from common.views import normalise
 from methods import mtt
 from papers import matching_stages
+from papers.cells import Cell
 from papers.objectives import bn_gaps, bn_loss, dm_loss, tm_loss
-from papers.plan import Cell
 
 if TYPE_CHECKING:
     from papers.matching_stages import MatchingSetup

@@ -11,7 +11,7 @@ import torch
 from common.hardware import autocast, hardware
 from papers import committed, image_stages, matching_stages
 from papers.arguments import Args
-from papers.plan import Cell, Paper, select
+from papers.cells import Cell, Paper, select
 from papers.setups import Setup, setup_of
 from papers.stages import Lab, Stage
 

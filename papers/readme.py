@@ -13,8 +13,8 @@ from pathlib import Path
 
 from common import cli
 from common.store import write_atomic
+from papers.cells import ROOT, SCALES, Paper, load_paper, papers
 from papers.claims import printed_for, row_key, statuses
-from papers.plan import ROOT, SCALES, Paper, load_paper, papers
 from papers.report import KEY, RANDOM, TOLERANCE_POINTS, load_cells, load_reported
 from papers.setups import setup_of
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from common import cli
 from common.hardware import resolve_device
 from common.store import Store, write_atomic
-from papers import committed, measured_stages, plan, render, report
+from papers import committed, measured_stages, render, report
 from papers.arguments import Args, describe, names_scale, parse, seconds
-from papers.plan import SCALES, Cell, Paper, load_paper
+from papers.cells import ROOT, SCALES, Cell, Paper, load_paper
 from papers.planning import Planned, absent, clock, estimate, make_plan, pending, show_plan, speed, taken
 from papers.setups import outdated
 from papers.stages import Lab, Stage
@@ -57,7 +57,7 @@ class Run:
             for p, why in zip(self.planned, whys, strict=True)
         ]
         comparable, layout = self.paper.scales[self.args.scale]["comparable"], self.paper.tables.get(table, {})
-        reported = report.load_reported(plan.ROOT / self.paper.name / "reported.csv")
+        reported = report.load_reported(ROOT / self.paper.name / "reported.csv")
         chosen = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}
         rows = report.table_rows(table, cells, self.results.values(), reported, comparable, **chosen)
         regime = layout.get("label_regime", "soft")

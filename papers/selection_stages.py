@@ -18,7 +18,7 @@ from common.selection import Scored, augment_of, scored, trial
 from common.store import Product
 from methods import cad, coresets
 from papers import committed, image_stages
-from papers.plan import load_paper
+from papers.cells import load_paper
 
 if TYPE_CHECKING:
     from papers.matching_stages import MatchingSetup

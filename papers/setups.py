@@ -17,8 +17,8 @@ from common.protocols import LARGE_SCALE, large_scale
 from common.views import Recipe
 from methods import cad, coresets, nrr_dd, rded, sre2l
 from papers import matching_stages
+from papers.cells import Cell, merged
 from papers.matching_stages import MatchingSetup
-from papers.plan import Cell, merged
 
 __all__ = ["ARCHITECTURES", "Setup", "setup_of"]
 

@@ -28,8 +28,8 @@ from common.train import accuracy, fit
 from common.views import Recipe, normalise, steps_per_epoch
 from methods import nrr_dd
 from papers import image_stages, matching_stages, measured_stages, stream_stages
+from papers.cells import Cell
 from papers.matching_stages import MatchingSetup
-from papers.plan import Cell
 from papers.setups import Setup
 
 __all__ = ["Lab", "Stage"]

@@ -17,7 +17,7 @@ from common import cli, distributed, teachers
 from common.store import Product
 from common.views import Recipe
 from papers import arguments, planning, runner
-from papers.plan import load_paper, select
+from papers.cells import load_paper, select
 from papers.stages import Lab, Stage
 
 KEYS = ("paper", "scale", "only", "skip", "device", "precision", "data", "store")  # of a run, that decide on a teacher

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from papers import claims
-from papers.plan import SCALES, load_paper, papers
+from papers.cells import SCALES, load_paper, papers
 from papers.report import load_cells
 from papers.setups import setup_of
 

@@ -12,7 +12,7 @@ import torch
 from common import distilled, matching
 from common.distilled import write
 from papers import committed, export, image_stages, matching_stages, planning, runner, setups
-from papers.plan import ROOT, load_paper
+from papers.cells import ROOT, load_paper
 
 RUN = ["scale=smoke", "seeds=0", "device=cpu"]
 MATCHING = ["paper=matching", "only=table1/cifar-10/dm/convnet/1", *RUN]

@@ -9,7 +9,7 @@ from common import distilled, matching
 from common.hardware import recorded
 from common.store import Product
 from papers import export, image_stages, matching_stages, planning, runner
-from papers.plan import load_paper
+from papers.cells import load_paper
 
 MATCHING = ["paper=matching", "scale=smoke", "only=table1/cifar-10/dm/1,table1/cifar-10/random/1", "seeds=0,1"]
 MIXING = ["paper=natural_mixing", "scale=smoke", "only=table1/cifar-10/dm/convnet/1"]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from common.store import Product, Store
 from papers import planning, runner
-from papers.plan import ROOT, load_paper
+from papers.cells import ROOT, load_paper
 from papers.show import Shown
 from papers.stages import Lab
 from papers.wmdd import figures, toy

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from papers import drawing, runner
+from papers.cells import load_paper
 from papers.hard_truths import figures as hard_truths
 from papers.matching import figures as matching
 from papers.natural_mixing import figures as natural_mixing
-from papers.plan import load_paper
 from papers.render import stood_for
 from papers.report import RANDOM
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from common.store import Product, Store
 from papers import planning, runner
+from papers.cells import ROOT, load_paper
 from papers.nrr_dd import figures
-from papers.plan import ROOT, load_paper
 from papers.report import RANDOM
 from papers.stages import Lab
 

@@ -16,8 +16,8 @@ from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
 from papers import drawing, matching_stages, planning, report, runner, setups, stages
+from papers.cells import ROOT, load_paper
 from papers.hard_truths import figures
-from papers.plan import ROOT, load_paper
 from papers.stages import Lab
 
 PAPER = load_paper("hard_truths")

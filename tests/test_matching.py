@@ -19,8 +19,8 @@ from common.distilled import load
 from common.protocols import PROTOCOLS
 from methods import mtt
 from papers import drawing, export, matching_stages, planning, runner, setups
+from papers.cells import load_paper
 from papers.matching import figures
-from papers.plan import load_paper
 from papers.report import load_reported
 
 ROOT = Path(__file__).resolve().parent.parent

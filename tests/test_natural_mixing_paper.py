@@ -16,8 +16,8 @@ from common.hardware import compiler
 from common.protocols import PROTOCOLS
 from common.store import Store
 from papers import matching_stages, measured_stages, mixing_stages, planning, runner, setups
+from papers.cells import SCALES, load_paper
 from papers.natural_mixing import figures
-from papers.plan import SCALES, load_paper
 from papers.stages import Lab
 from tests.image_trees import tree
 

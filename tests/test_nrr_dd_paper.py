@@ -17,7 +17,7 @@ from common.labels import kd_loss
 from common.views import Recipe, normalise
 from methods import nrr_dd, rded, sre2l, wmdd
 from papers import image_stages, runner, setups, stages
-from papers.plan import SCALES, load_paper
+from papers.cells import SCALES, load_paper
 from tests.image_trees import tree
 
 ROOT = Path(__file__).resolve().parent.parent

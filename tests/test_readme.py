@@ -19,7 +19,7 @@ from common.augment import rng
 from common.distilled import load
 from methods import dm
 from papers import export, notebook, readme
-from papers.plan import load_paper, papers
+from papers.cells import load_paper, papers
 from papers.report import load_reported
 from papers.setups import setup_of
 

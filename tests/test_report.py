@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from papers import plan, render, report
+from papers import cells, render, report
 
 WMDD = Path(report.__file__).parent / "wmdd" / "reported.csv"
 HEADER = ",".join(report.REPORTED_COLUMNS)
@@ -388,8 +388,8 @@ def test_written_extras(tmp_path):
 
 def test_committed_tables_say_the_statuses_of_their_rows():
     """Whoever changes how a status is said writes the tables again."""
-    stale, load = [], functools.cache(plan.load_paper)
-    for file in sorted(plan.ROOT.parent.glob("tables/*/*/*.csv")):
+    stale, load = [], functools.cache(cells.load_paper)
+    for file in sorted(cells.ROOT.parent.glob("tables/*/*/*.csv")):
         layout = load(file.parts[-3]).tables.get(file.stem)
         if layout is None:
             continue
@@ -402,17 +402,17 @@ def test_committed_tables_say_the_statuses_of_their_rows():
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
-@pytest.mark.parametrize("name", plan.papers())
+@pytest.mark.parametrize("name", cells.papers())
 def test_every_table_has_a_place_for_every_number_of_its_scale(name, scale):
     """A layout too narrow for the cells would show only when all of them have run."""
-    loaded = plan.load_paper(name)
-    cells = [c for c in loaded.cells_at(scale) if c.table in loaded.tables]
+    loaded = cells.load_paper(name)
+    of_tables = [c for c in loaded.cells_at(scale) if c.table in loaded.tables]
     results = [
         cell(**c.key(), label_regime=c.label_regime, cell=c.id)
-        for c in cells if c.dataset in loaded.scales[scale]["data"]
+        for c in of_tables if c.dataset in loaded.scales[scale]["data"]
     ]  # fmt: skip
-    planned = [c.key() | {"label_regime": c.label_regime} for c in cells]
-    numbers = report.load_reported(plan.ROOT / name / "reported.csv")
+    planned = [c.key() | {"label_regime": c.label_regime} for c in of_tables]
+    numbers = report.load_reported(cells.ROOT / name / "reported.csv")
     assert results
     for table, layout in loaded.tables.items():
         options = {k: layout[k] for k in ("reported_runs", "label_regime") if k in layout}

@@ -16,8 +16,8 @@ import torch
 
 from common.cli import UsageError
 from methods import wmdd
-from papers import plan, planning, runner, setups
-from papers.plan import Cell, load_paper, select
+from papers import cells, planning, runner, setups
+from papers.cells import Cell, load_paper, select
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMN = "only=table1/imagenette/random/soft,table1/imagenette/wmdd/soft"
@@ -83,10 +83,10 @@ def test_tables_keep_printed_and_own_numbers_apart(column):
     assert (column.folder / "figure2.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("scale", plan.SCALES)
-@pytest.mark.parametrize("name", plan.papers())
+@pytest.mark.parametrize("scale", cells.SCALES)
+@pytest.mark.parametrize("name", cells.papers())
 def test_tables_of_every_scale_are_written_and_shown_without_a_result(name, scale, tmp_path, monkeypatch):
-    paper = plan.load_paper(name)
+    paper = cells.load_paper(name)
     planned = [planning.Planned(cell, why="not yet") for cell in paper.cells_at(scale)]
     args = runner.parse([f"paper={name}", f"scale={scale}"])
     monkeypatch.setattr(runner, "draw_figures", lambda finished: [])

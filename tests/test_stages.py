@@ -12,7 +12,7 @@ from common.store import Store
 from common.views import steps_per_epoch
 from methods import wmdd
 from papers import image_stages, setups, stages
-from papers.plan import load_paper
+from papers.cells import load_paper
 from papers.stages import Lab
 from tests.image_trees import damage, tree
 

@@ -13,7 +13,7 @@ from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
 from papers import image_stages, setups, stream_stages
-from papers.plan import load_paper
+from papers.cells import load_paper
 from papers.stages import Lab
 from tests.image_trees import damage, tree
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from papers import planning, render, report, runner, setups
-from papers.plan import ROOT, SCALES, load_paper
+from papers.cells import ROOT, SCALES, load_paper
 from papers.survey import figures
 
 PAPER = load_paper("survey")

@@ -9,7 +9,7 @@ from torchvision.models import WeightsEnum
 
 from common import networks, teachers
 from common.augment import rng
-from papers.plan import load_paper
+from papers.cells import load_paper
 from papers.setups import setup_of
 
 

@@ -15,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 
 from common.matching import tested_images
-from papers import drawing, plan, report
+from papers import drawing, report
+from papers.cells import ROOT
 from papers.matching_stages import setting_of
 from papers.mixing_stages import mixture
 
@@ -117,7 +118,7 @@ def figure_gain(run: Run) -> Figure | None:
     ours = drawing.values(run, "table1")
     if ours is None or not len(ours := ours[ours["metric"] == "gain"]):
         return None
-    printed = pd.DataFrame(report.load_reported(plan.ROOT / run.paper.name / "reported.csv"))
+    printed = pd.DataFrame(report.load_reported(ROOT / run.paper.name / "reported.csv"))
     printed = printed[(printed["table"] == "table1") & (printed["metric"] == "gain")]
     printed = printed.rename(columns={"value": "accuracy"})
     ours = ours.assign(method=ours["method"].replace(drawing.SHOWN))

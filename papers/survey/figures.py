@@ -13,7 +13,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from common import scaling
-from papers import drawing, plan, report
+from papers import drawing, report
+from papers.cells import ROOT
 
 if TYPE_CHECKING:
     from papers.runner import Run
@@ -30,7 +31,7 @@ SETTINGS = ("HL", "HL, no augmentation", "SL", "SL+KD")
 
 def collected() -> pd.DataFrame:
     """The accuracies of Table 2 that are not doubtful, with family and year of their method."""
-    data = pd.DataFrame(report.load_reported(plan.ROOT / "survey" / "reported.csv"))
+    data = pd.DataFrame(report.load_reported(ROOT / "survey" / "reported.csv"))
     data = data[(data["table"] == "table2") & ~data["note"].str.startswith("doubtful:")]
     methods = _methods()
     years = methods["cited_year"].fillna(methods["year"])
@@ -39,12 +40,12 @@ def collected() -> pd.DataFrame:
 
 def _methods() -> pd.DataFrame:
     """Family, network and years of the survey's methods, by name."""
-    return pd.read_csv(plan.ROOT / "survey" / "methods.csv").drop_duplicates("method").set_index("method")
+    return pd.read_csv(ROOT / "survey" / "methods.csv").drop_duplicates("method").set_index("method")
 
 
 def _left_out() -> str:
     """How many numbers the figures leave out."""
-    every = [r for r in report.load_reported(plan.ROOT / "survey" / "reported.csv") if r["table"] == "table2"]
+    every = [r for r in report.load_reported(ROOT / "survey" / "reported.csv") if r["table"] == "table2"]
     return f"; {len(every) - len(collected())} of {len(every)}, doubtful by their notes, are left out"
 
 

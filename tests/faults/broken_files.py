@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from common.distilled_set import FORMAT, DistilledSet
 from common.store import digest
-from papers import plan
+from papers import cells
 
 MARKER = "marker"  # what a file that runs code would leave in the folder of the test
 Make = Callable[[Path], object]
@@ -241,7 +241,7 @@ def as_file(path: Path) -> None:
 
 # ---- papers ----------------------------------------------------------------------------------------------------------
 
-PAPER = plan.ROOT / "matching"
+PAPER = cells.ROOT / "matching"
 CELL = {"table": "table1", "dataset": "CIFAR-10", "method": "Random", "arch": "ConvNet", "ipc": 1,
         "label_regime": "own", "algorithm": "random-subset"}  # fmt: skip
 

@@ -41,7 +41,7 @@ import torch
 
 from common import cli
 from papers import cluster, runner
-from papers.plan import load_paper
+from papers.cells import load_paper
 from tests.faults import campaign, reliability
 from tests.faults.campaign import WRONG, Run, compare, ended, finish, remade
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from common import cli, distilled, doctor
-from papers import notebook, plan, runner
+from papers import cells, notebook, runner
 from papers.report import REPORTED_COLUMNS
 from tests.faults import broken_files as broken
 
@@ -124,10 +124,10 @@ PLACES = [
     Case("home of nobody", f"runner {CHEAP} out=~no-such-user/x", "home directory"),
     Case("script, store is a file", f"dm {OWN} store=file", "file",
          broken.several(broken.raw("file", b"x"), broken.data())),
-    Case("set into a folder", f"distilled convert {SAFE} runs", "cannot write runs", broken.good_set),
+    Case("set into a folder", f"distilled convert {SAFE} runs", r"runs must end in \.safetensors", broken.good_set),
     Case("set under a file", f"distilled convert {SAFE} file/x.safetensors", "cannot write file/x",
          broken.several(broken.good_set, broken.raw("file", b"x"))),
-    Case("picture into a folder", f"distilled grid {SAFE} runs", "cannot write runs", broken.good_set),
+    Case("picture into a folder", f"distilled grid {SAFE} runs", r"runs must end in \.png", broken.good_set),
     Case("images over a folder in use", f"distilled convert {SAFE} runs layout=images", "runs is there and not empty",
          broken.good_set),
 ]  # fmt: skip
@@ -387,7 +387,8 @@ def test_one_sentence_and_nothing_harmed(case, place, monkeypatch, capsys):
     if case.make:
         case.make(place)
     if (place / "papers").exists():
-        monkeypatch.setattr(plan, "ROOT", place / "papers")
+        for module in (cells, runner):
+            monkeypatch.setattr(module, "ROOT", place / "papers")
     before = content(place.parent)
     program, *argv = case.command.split()
     with warnings.catch_warnings(), at_most(30):

@@ -9,7 +9,7 @@ import torch
 from common import datasets, matching
 from common.datasets_stream import Stream
 from papers import mixing_stages, planning, runner, stages
-from papers.plan import load_paper
+from papers.cells import load_paper
 
 PAPERS = ("wmdd", "nrr_dd", "matching", "natural_mixing", "hard_truths", "survey")
 
