@@ -34,6 +34,10 @@ __all__ = [
 
 REGIMES = ("HL", "SL", "SL+KD")
 MADE = ("CA2D", "DM")  # images that no camera took
+OBJECTIVE_WORDS = {
+    "BN loss": "BN loss is SRe2L's", "DM loss": "DM loss that of random networks",
+    "TM loss": "TM loss MTT's, the mean over start epochs of an expert",
+}  # fmt: skip
 FAMILIES = ("EL2N", "forgetting")  # selectors that read one and the same score
 
 
@@ -125,6 +129,7 @@ def figure_selectors(run: Run) -> Figure | None:
         if "random real" in order:
             ax.axvline(own[own["method"] == "random real"]["accuracy"].mean(), color="0.3", linestyle="--", linewidth=1)
         ax.set(xlabel="top-1 accuracy (%)", ylabel="", title=f"IPC {int(ipc)}")
+        ax.set_ylim(data["method"].nunique() - 0.5, -0.5)  # bars are as high where there are fewer
         ax.tick_params(labelsize=7)
     dashed = "; dashed: random real images" if "random real" in set(data["method"]) else ""
     text = f"Sets of each kind under hard labels, best first{dashed}. {drawing.where(data)} {drawing.error_bars(data)}"
@@ -361,7 +366,7 @@ def figure3(run: Run) -> Figure | None:
     crossed = left_out * " Crossed out, and not counted: accuracy below 70 % of the best at that IPC."
     text = (
         f"{count} sets of real images, chosen in different ways: does a lower loss go with a lower error (rho near 1)?"
-        " BN loss is SRe2L's, DM loss that of random networks, TM loss MTT's, the mean over start epochs of an expert;"
+        f" {'; '.join(OBJECTIVE_WORDS[name] for name in found)};"
         " rank correlation of all sets, and given IPC with its 95 % interval from the bootstrap over selectors."
         f"{crossed} {drawing.where(drawing.values(run, 'selectors'))}"
     )
