@@ -255,6 +255,8 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "color": _color, "crop": _crop, "cutout": _cutout, "flip": _flip, "scale": _scale, "rotate": _rotate,
 }  # fmt: skip
 
+STRATEGY = "color_crop_cutout_flip_scale_rotate"  # of DSA; sets of digits leave "flip" out
+
 
 class DiffAugment:
     """Differentiable siamese augmentation (Zhao and Bilen, ICML 2021): one operation, drawn uniformly, a row.
@@ -267,7 +269,7 @@ class DiffAugment:
         real, synthetic = augment(real, draw), augment(synthetic, draw)     # both sorted by class
     """
 
-    def __init__(self, strategy: str = "color_crop_cutout_flip_scale_rotate"):
+    def __init__(self, strategy: str = STRATEGY):
         self.strategy, self.operations = strategy, tuple(strategy.split("_"))
         for name in self.operations:
             if name not in OPERATIONS:

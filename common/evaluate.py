@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics as stats
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from torch import Tensor
 from common import cli, matching
 from common.hardware import hardware, recorded, resolve_device
 from common.protocols import PROTOCOLS
-from common.script import WithSet, arg, read_set, with_dataset
+from common.script import WithSet, arg, read_set, say_accuracy, with_dataset
 from common.script_selection import own_teacher
 from common.store import Entry, Store, digest, write_atomic
 from common.views import normalise
@@ -99,10 +98,7 @@ def run(argv: list[str]) -> dict:
     def keep(name: str, key: str, entries: list[Entry]) -> None:
         found = [accuracy for entry in entries for accuracy in entry.meta["accuracies"]]
         result.update({key: found, f"{key}_made": entries[-1].meta})
-        spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
-        students = f"{len(found)} student{'s' * (len(found) > 1)}"
-        print(f"{name}: {stats.fmean(found):.2f}{spread} % on {len(on.test)} test images ({students}, {protocol.name},"
-              " last epoch)", flush=True)  # fmt: skip
+        say_accuracy(name, found, len(on.test), f"{protocol.name}, last epoch")
         write_atomic(target, (json.dumps(result, indent=1) + "\n").encode())
 
     if args.set:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import networks
-from common.augment import ZCA, DiffAugment, rng
+from common.augment import STRATEGY, ZCA, DiffAugment, rng
 from common.datasets import Dataset, Stream, info, load
 from common.datasets_table import NORMALISATION
 from common.distilled import DistilledSet, class_grid
@@ -32,7 +32,6 @@ __all__ = [
 ]  # fmt: skip
 
 NO_FLIP = ("digits", "mnist", "svhn")  # mirrored digits are other signs: DSA's strategy for them leaves the flip out
-STRATEGY = "color_crop_cutout_flip_scale_rotate"
 ZCA_EPS = 0.1  # added to the variances, in MTT and all that came after
 
 

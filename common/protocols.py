@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 
+from common.augment import STRATEGY
+
 __all__ = ["LARGE_SCALE", "PROTOCOLS", "Protocol", "large_scale"]
 
 
@@ -69,7 +71,7 @@ class Protocol:
         return lr * (0.1 if self.schedule == "step-half" and epoch > self.epochs // 2 + 1 else 1.0)
 
 
-DSA = "color_crop_cutout_flip_scale_rotate"  # sets of digits leave "flip" out: pass an augmentation of your own
+DSA = STRATEGY  # for sets of digits pass an augmentation of your own
 _DC, _HARD_TRUTHS = "VICO-UoE/DatasetCondensation", "Rethinking Dataset Distillation (CVPR 2026), supplement, table 1"
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p

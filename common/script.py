@@ -31,7 +31,7 @@ from common.views import Recipe, normalise
 
 __all__ = [
     "Common", "Matching", "WithSet", "arg", "keep", "parse", "read_set", "run_matching", "run_with_teacher",
-    "train_and_test", "with_dataset",
+    "say_accuracy", "train_and_test", "with_dataset",
 ]  # fmt: skip
 
 
@@ -243,12 +243,14 @@ def train_and_test(
         "students", facts, (made.key, on.test.fingerprint),
         recorded(lambda work: matching.students(work, on, tensors, protocol, seeds), device),
     )  # fmt: skip
-    found = tested.meta["accuracies"]
+    say_accuracy("students", tested.meta["accuracies"], len(on.test), f"protocol {protocol.name}, last epoch")
+
+
+def say_accuracy(name: str, found: Sequence[float], images: int, how: str) -> None:
+    """Print the mean of students' accuracies (%), their deviation, on how many test images, and how they trained."""
     spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
-    print(
-        f"students: {stats.fmean(found):.2f}{spread} % on {len(on.test)} test images "
-        f"({len(found)} student{'s' * (len(found) > 1)}, protocol {protocol.name}, last epoch)"
-    )
+    students = f"{len(found)} student{'s' * (len(found) > 1)}"
+    print(f"{name}: {stats.fmean(found):.2f}{spread} % on {images} test images ({students}, {how})", flush=True)
 
 
 # ---------------------------------------------------------------- WMDD and the other methods with a teacher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics as stats
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from common.distilled import grid
 from common.hardware import hardware, recorded, resolve_device, resolve_precision
 from common.protocols import PROTOCOLS
 from common.resume import resumable
-from common.script import WithSet, arg, read_set, with_dataset
+from common.script import WithSet, arg, read_set, say_accuracy, with_dataset
 from common.store import Product, Store, digest, write_atomic
 
 __all__ = ["run_mixing"]
@@ -81,13 +80,7 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
                 settings = {**matching.facts(on, seed), "config": asdict(kind), "pool": args.pool}
                 tested = store.make("mixing", settings, inputs, recorded(train, device))
                 found.append(tested.meta["accuracy"])
-            _say(name + ", augmented" * augment, found, on, "last epoch")
-
-
-def _say(name: str, found: list[float], on: matching.Setting, how: str) -> None:
-    spread = f" ± {stats.stdev(found):.2f}" if len(found) > 1 else ""
-    tested = f"{len(on.test)} test images ({len(found)} student{'s' * (len(found) > 1)}, {how})"
-    print(f"{name}: {stats.fmean(found):.2f}{spread} % on {tested}", flush=True)
+            say_accuracy(name + ", augmented" * augment, found, len(on.test), "last epoch")
 
 
 def _by_protocol(
@@ -108,7 +101,7 @@ def _by_protocol(
     for name, own, how in (("set alone", None, {}), ("mixed", mix, {"mix": asdict(config), "pool": args.pool})):
         train = partial(matching.students, on=on, tensors=tensors, protocol=protocol, seeds=seeds, dtype=dtype, mix=own)
         tested = store.make("mixing", facts | how, inputs, recorded(train, on.device))
-        _say(name, tested.meta["accuracies"], on, f"protocol {protocol.name}, last epoch")
+        say_accuracy(name, tested.meta["accuracies"], len(on.test), f"protocol {protocol.name}, last epoch")
 
 
 def _real_to_mix(args: Mixing, on: matching.Setting, method: ModuleType) -> tuple[Tensor, Tensor | None]:

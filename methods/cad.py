@@ -655,6 +655,8 @@ def check(
     counts = labels.cpu().bincount()
     if not counts.all():
         raise ValueError(f"class {int(counts.argmin())} has 0 images; number the classes from 0 without a gap")
+    if config.ipc > counts.max():
+        raise ValueError(f"ipc={config.ipc}: no class has so many images, the largest has {int(counts.max())}")
     whole_steps(config, len(counts), len(labels))
     if config.method != "ca2d":
         return

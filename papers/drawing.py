@@ -6,7 +6,7 @@ The caption beneath a figure says what is seen, on which data, and whether it ca
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASIDE", "GAPS", "IPC_AXIS", "SHOWN", "axes_of", "captioned", "compared", "datasets", "dodged", "entries", "entry",
-    "error_bars", "ipc_axis", "lines", "listed", "name_of", "panels", "show_image", "title", "values", "where",
+    "error_bars", "ipc_axis", "lines", "listed", "name_of", "panels", "show_image", "teacher_of", "title",
+    "values", "where",
 ]  # fmt: skip
 
 IPC_AXIS = "images per class (IPC, log scale)"
@@ -37,6 +38,11 @@ WORDS = {  # the classes of Imagenette by the names of their folders
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
     "n03445777": "golf ball", "n03888257": "parachute",
 }  # fmt: skip
+
+
+def teacher_of(result: Mapping) -> str:
+    """When the teacher behind a result was finished, which tells two of the same settings apart; empty without one."""
+    return next((s["finished"] for s in result.get("stages", ()) if s["stage"] == "teacher"), "")
 
 
 def entry(run: Run, planned: Planned, stage: str):

@@ -613,6 +613,7 @@ def test_wrong_settings_are_named(settings, words):
     ("settings", "sample", "words"),
     [
         ({"ipc": 2}, data(counts=(20, 0, 40)), "class 1 has 0 images"),
+        ({"ipc": 41}, data(counts=(20, 4, 36)), "no class has so many images, the largest has 36"),
         ({"method": "ca2d", "ipc": 5, "factor": 2}, data(counts=(30, 19, 30)), "takes 20 crops .* class 1 has 19"),
         ({"student_epochs": 1, "batch": 600}, None, "0.1 epochs of 60 images, no step of batch=600"),
         ({"student_epochs": 5}, None, "3 snapshots are too few for windows=2 of window=2"),

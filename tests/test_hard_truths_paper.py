@@ -1,7 +1,6 @@
 """The paper on hard truths as a user meets it: settings of its cells, label regimes, and a part of the smoke run."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from common.protocols import PROTOCOLS, large_scale
 from common.store import Store
 from common.views import Recipe
 from methods import cad, coresets
-from papers import drawing, matching_stages, planning, report, runner, setups, stages
+from papers import drawing, matching_stages, planning, report, runner, setups, show, stages
 from papers.cells import ROOT, load_paper
 from papers.hard_truths import figures
 from papers.stages import Lab
@@ -464,9 +463,9 @@ def test_the_notebook_shows_every_table_and_what_has_none():
 def test_the_notebook_shows_the_leaderboard_of_all_methods(scale, words, monkeypatch):
     monkeypatch.chdir(ROOT.parent)
     said, given = [], SimpleNamespace(scale=scale)
-    known = {"display": said.append, "Markdown": str, "args": given, "re": re, "Path": Path}
-    exec(notebook_cell("leaderboard.md"), known)
-    assert words in said[0] and "\n# " not in f"\n{said[0]}"
+    monkeypatch.setattr(show, "display", said.append)
+    exec(notebook_cell("leaderboard.md"), {"args": given, "Path": Path, "shown": show.Shown(None)})
+    assert words in said[0].data and "\n# " not in f"\n{said[0].data}"
 
 
 @pytest.mark.parametrize(("shift", "answers"), [(0.0, ["yes"] * 4), (3e-4, ["yes", "yes", "no", "no"])])

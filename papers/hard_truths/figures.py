@@ -6,7 +6,6 @@ has been made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -310,10 +309,10 @@ def scaling_fits(run: Run) -> pd.DataFrame:
 def subsets(run: Run, objective: str) -> pd.DataFrame:
     """One row a set of the table of selectors: method, IPC, mean error of its students (%), loss, very poor or not."""
     rows = [r for r in run.results.values() if r["table"] == "selectors"]
-    judges = {_teacher(r) for r in rows if r["metric"] == objective}
+    judges = {drawing.teacher_of(r) for r in rows if r["metric"] == objective}
     if len(judges) > 1:  # teachers of several runs: losses of one alone can be compared
-        last = _teacher(max((r for r in rows if r["metric"] == objective), key=lambda r: r["finished"]))
-        rows = [r for r in rows if r["metric"] != objective or _teacher(r) == last]
+        last = drawing.teacher_of(max((r for r in rows if r["metric"] == objective), key=lambda r: r["finished"]))
+        rows = [r for r in rows if r["metric"] != objective or drawing.teacher_of(r) == last]
     found = {(r["method"], r["ipc"], r["metric"]): r["mean"] for r in rows}
     sets = [s for s in dict.fromkeys((m, i) for m, i, _ in found) if {(*s, "accuracy"), (*s, objective)} <= set(found)]
     data = pd.DataFrame(
@@ -321,11 +320,6 @@ def subsets(run: Run, objective: str) -> pd.DataFrame:
         columns=["method", "ipc", "error", "loss"],
     )
     return data.assign(poor=very_poor(100 - data["error"], data["ipc"]) if len(data) else False)
-
-
-def _teacher(result: Mapping) -> str:
-    """When the teacher behind a result was finished, empty where it has none: another one has other losses."""
-    return next((s["finished"] for s in result.get("stages", ()) if s["stage"] == "teacher"), "")
 
 
 def correlations(run: Run, *, poor: bool = False) -> dict[str, DCS]:

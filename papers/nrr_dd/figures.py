@@ -323,8 +323,8 @@ def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.
     )
     where |= {"method": "RDED", "setting": ""}
     level = [r for r in run.values("table4") if where.items() <= r.items()]
-    same = {_teacher_of(run, cell) for cell in data["cell"]}
-    level = [r["accuracy"] for r in level if {_teacher_of(run, r["cell"])} == same]
+    same = {drawing.teacher_of(run.results[cell]) for cell in data["cell"]}
+    level = [r["accuracy"] for r in level if {drawing.teacher_of(run.results[r["cell"]])} == same]
     if level:
         ax.axhline(fmean(level), color="0.4", linestyle="--", label="RDED (Table 4)")
         text += " Dashed: RDED with the same data, network, teacher and IPC"
@@ -343,11 +343,6 @@ def _sweep(run: Run, table: str, axis: str, words: str, linear_to: float = math.
     ax.minorticks_off()
     ax.legend()
     return drawing.captioned(figure, text, run, data)
-
-
-def _teacher_of(run: Run, cell: str) -> str | None:
-    """When the teacher behind a result was trained, which tells two of the same settings apart."""
-    return next((s["finished"] for s in run.results[cell].get("stages", ()) if s["stage"] == "teacher"), None)
 
 
 def _size(count: int) -> str:
