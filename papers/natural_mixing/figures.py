@@ -34,16 +34,11 @@ METRICS = {
     "sample accuracy": "clean", "corruption accuracy": "corrupted", "fgsm-1 accuracy": "FGSM 1/255",
     "pgd-1 accuracy": "PGD 1/255", "fgsm-8 accuracy": "FGSM 8/255", "pgd-8 accuracy": "PGD 8/255",
 }  # fmt: skip
-COLOURS = sns.color_palette("colorblind")
+COLOURS, MARKERS = sns.color_palette("colorblind"), ("o", "s", "^", "D", "v", "P")
 
 
 def _bars(data: pd.DataFrame, ax, **roles) -> None:
     sns.barplot(data, y="accuracy", errorbar="sd", err_kws={"linewidth": 1}, capsize=0.15, ax=ax, **roles)
-
-
-def _colours(count: int) -> list:
-    """As many colours, none twice: those of `COLOURS` and two more, or a circle of hues."""
-    return [*COLOURS, "black", "olive"][:count] if count <= 12 else sns.color_palette("husl", count)
 
 
 def figure1(run: Run) -> Figure | None:
@@ -145,18 +140,23 @@ def figure_gain(run: Run) -> Figure | None:
 
 
 def figure_controls(run: Run) -> Figure | None:
-    """Augmentation and mixture, each with and without, and fresh real images alone: one panel an IPC."""
+    """Augmentation and mixture, each with and without, and other images: a row an arm, one panel an IPC."""
     data = drawing.values(run, "controls")
     if data is None:
         return None
     data = _with_table1(run, data)
     data = data.assign(method=data["method"].replace(drawing.SHOWN))
     arms, ipcs = list(dict.fromkeys(data["setting"])), sorted(set(data["ipc"]))
-    figure, axes = drawing.axes_of(1.5 + 4.2 * len(ipcs), 3.6, 1, len(ipcs), sharey=True)
+    sets = list(dict.fromkeys(data["method"]))
+    figure, axes = drawing.axes_of(2.6 + 3.4 * len(ipcs), 1.0 + 0.27 * len(arms), 1, len(ipcs), sharey=True)
     for ax, ipc in zip(axes[0], ipcs, strict=True):
-        own = data[data["ipc"] == ipc]
-        _bars(own, ax, x="method", hue="setting", hue_order=arms, palette=_colours(len(arms)))
-        ax.set(xlabel="images of the set", ylabel="top-1 accuracy (%)", title=f"IPC {ipc}")
+        sns.pointplot(
+            data[data["ipc"] == ipc], x="accuracy", y="setting", order=arms, hue="method", hue_order=sets,
+            palette=COLOURS[: len(sets)], markers=[*MARKERS[: len(sets)]], markersize=4, linestyle="none",
+            errorbar="sd", err_kws={"linewidth": 1}, dodge=0.45 if len(sets) > 1 else False, ax=ax,
+        )  # fmt: skip
+        ax.set(xlabel="top-1 accuracy (%)", ylabel="", title=f"IPC {ipc}")
+        ax.tick_params(labelsize=7)
         ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
     words = ["with and without augmentation"] if len({arm.split(", ")[0] for arm in arms}) > 1 else []
@@ -174,9 +174,9 @@ def figure_controls(run: Run) -> Figure | None:
             " Mixing reads real images while students train, so what it must beat is real images alone (they stand"
             " with the random real ones)."
         )
-    sets = data.groupby(["ipc", "method"]).ngroups
-    if data.groupby(["ipc", "method", "setting"]).ngroups < sets * len(arms):
-        text += " Where a bar is missing nothing was run."
+    pairs = data.groupby(["ipc", "method"]).ngroups
+    if data.groupby(["ipc", "method", "setting"]).ngroups < pairs * len(arms):
+        text += " Where a point is missing nothing was run."
     return drawing.captioned(figure, f"{text} {drawing.where(data)} {drawing.error_bars(data)}", run, data)
 
 
