@@ -110,8 +110,8 @@ def speed(lab: Lab) -> float:
 
 
 def estimate(stages: Iterable[Stage], rate: float) -> float:
-    """Seconds: arithmetic at `rate` operations a second, and what every stage takes besides."""
-    return sum(stage.flops / rate + STAGE_SECONDS for stage in stages)
+    """Seconds: arithmetic at `rate` operations a second, and what a stage that has some takes besides."""
+    return sum(stage.flops / rate + STAGE_SECONDS for stage in stages if stage.flops)
 
 
 def show_plan(planned: list[Planned], lab: Lab) -> str:

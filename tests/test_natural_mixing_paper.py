@@ -190,12 +190,15 @@ def test_options_of_an_attack_are_used_and_named_only_where_they_are_given(lab, 
     assert ["steps" in one for one in seen] == [False, True, False] and options.items() <= seen[1].items()
 
 
-def test_harder_attacks_are_planned_as_published():
-    found = [c for c in PAPER.cells_at("paper") if c.measure]
-    assert [c.metric for c in found] == ["pgd-8 accuracy"] * 2 and not any(c.measure for c in PAPER.cells_at("small"))
+@pytest.mark.parametrize(("scale", "ipcs"), [("smoke", []), ("small", [10]), ("paper", [10, 50])])
+def test_harder_attacks_are_planned_alone_and_mixed(scale, ipcs):
+    found = [c for c in PAPER.cells_at(scale) if c.measure and setups.setup_of(PAPER.scales[scale], c)]
+    assert [(c.metric, c.ipc, bool(c.mix)) for c in found] == [
+        ("pgd-8 accuracy", ipc, mixed) for mixed in (False, True) for ipc in ipcs
+    ]
     for cell in found:
-        measure = setups.setup_of(PAPER.scales["paper"], cell).measure
-        assert measure == {**PAPER.scales["paper"]["measure"], "pgd": {"steps": 20, "restarts": 5}}
+        measure = setups.setup_of(PAPER.scales[scale], cell).measure
+        assert measure == {**PAPER.scales[scale]["measure"], "pgd": {"steps": 20, "restarts": 5}}
 
 
 @pytest.mark.filterwarnings("ignore:.*half-unpacked")
