@@ -119,7 +119,7 @@ def _name(args: Evaluation, tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(f"{digest(tensors)}{sorted(rest.items())}".encode()).hexdigest()[:8]
 
 
-def _logits(teacher: torch.nn.Module, on: matching.Setting) -> Callable[[Tensor], Tensor]:
+def _logits(teacher: torch.nn.Module, on: matching.Task) -> Callable[[Tensor], Tensor]:
     """The teacher on a student's input: back to pixels, and on by the teacher's own normalisation."""
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """What the matching methods (DC, DSA, DM, MTT, DATM) run on, for their scripts and for the papers.
 
-A `Setting` is a data set as network input, a network and the augmentation; `distil`, `experts` and `students` are the
+A `Task` is a data set as network input, a network and the augmentation; `distil`, `experts` and `students` are the
 stages on it: each works in a folder, resumes from the checkpoint there, and returns what the store keeps.
 """
 
@@ -27,8 +27,8 @@ from common.store import Checkpoint, Product, Store
 from common.students import train_students
 
 __all__ = [
-    "Setting", "default_network", "distil", "experts", "facts", "preview", "random_subset", "setting", "size_of",
-    "students", "tested_images",
+    "Task", "default_network", "distil", "experts", "facts", "preview", "random_subset", "size_of", "students",
+    "task", "tested_images",
 ]  # fmt: skip
 
 NO_FLIP = ("digits", "mnist", "svhn")  # mirrored digits are other signs: DSA's strategy for them leaves the flip out
@@ -36,7 +36,7 @@ ZCA_EPS = 0.1  # added to the variances, in MTT and all that came after
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class Task:
     """A data set as network input, a network by name, and the augmentation of the data set."""
 
     train: Dataset
@@ -125,10 +125,10 @@ def default_network(size: int) -> str:
     return f"convnet{max(3, math.ceil(math.log2(size)) - 2)}-instance"
 
 
-def setting(
+def task(
     dataset: str, root: str | None, *, device: torch.device, size: int = 0, network: str = "", zca: bool = False,
     store: Store | None = None, channels: int = 0,
-) -> Setting:  # fmt: skip
+) -> Task:  # fmt: skip
     """Load a data set in its own channels and constants.  ValueError for one that does not fit into memory.
 
     store: keeps decoded images and the whitening.  channels: 1 or 3; 0: the set's own.
@@ -150,17 +150,17 @@ def setting(
         raise ValueError(f"dataset={dataset} does not fit into memory; the matching methods want a set that does")
     size = size or native or min(128, train.short_side)
     train, test = (replace(d, images=d.center(size).to(device), sizes=None) for d in (train, test))
-    found = Setting(train, test, size, network or default_network(size), device, zca, store)
+    found = Task(train, test, size, network or default_network(size), device, zca, store)
     found.make_network(rng(0))  # a wrong name or size shows now
     return found
 
 
-def facts(on: Setting, seed: int) -> dict:
-    """What every stage on a setting depends on besides the data; names its store entry."""
+def facts(on: Task, seed: int) -> dict:
+    """What every stage on a task depends on besides the data; names its store entry."""
     return {"dataset": on.train.name, "size": on.size, "network": on.network, "zca": on.whitened, "seed": seed}
 
 
-def random_subset(on: Setting, ipc: int | Sequence[int], seed: int) -> dict[str, Tensor]:
+def random_subset(on: Task, ipc: int | Sequence[int], seed: int) -> dict[str, Tensor]:
     """Random real images as a set in network-input space, the baseline of every method.
 
     ipc: how many of each class, one number or one for each.
@@ -182,7 +182,7 @@ def random_subset(on: Setting, ipc: int | Sequence[int], seed: int) -> dict[str,
 
 
 def distil(
-    work: Path, on: Setting, config, distill: Callable, restore: Callable, seed: int, *arguments, augmented: bool = True
+    work: Path, on: Task, config, distill: Callable, restore: Callable, seed: int, *arguments, augmented: bool = True
 ) -> Product:
     """Run `distill` resumably: tensors in network-input space, a picture of the first classes, the losses."""
     every = max(1, config.iterations // 100)
@@ -196,7 +196,7 @@ def distil(
     return Product(tensors, {"losses": losses, **size_of(tensors)}, {"preview.png": preview(on, tensors)})
 
 
-def preview(on: Setting, tensors: dict[str, Tensor]) -> bytes:
+def preview(on: Task, tensors: dict[str, Tensor]) -> bytes:
     """A PNG of a set in network-input space: `class_grid` of its pixels."""
     labels = tensors["labels"].cpu()
     few = (labels < 10).nonzero().flatten()
@@ -214,7 +214,7 @@ def size_of(tensors: dict[str, Tensor]) -> dict:
 
 
 def experts(
-    work: Path, on: Setting, config, train_experts: Callable, restore: Callable, seed: int, only: range | None = None
+    work: Path, on: Task, config, train_experts: Callable, restore: Callable, seed: int, only: range | None = None
 ) -> Product:
     """Train expert trajectories resumably, all of config.experts or those of some numbers: one tensor [S+1, P] each."""
     numbers = range(config.experts) if only is None else only
@@ -234,7 +234,7 @@ def side_by_side(device: torch.device | str, size: int) -> int:
 
 
 def students(
-    work: Path, on: Setting, tensors: dict[str, Tensor], protocol: str | Protocol, seeds: Sequence[int],
+    work: Path, on: Task, tensors: dict[str, Tensor], protocol: str | Protocol, seeds: Sequence[int],
     dtype: torch.dtype = torch.float32, **options,
 ) -> Product:  # fmt: skip
     """Train and test students on a set in network-input space by a named protocol; accuracies in percent in meta.

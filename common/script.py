@@ -132,13 +132,13 @@ def with_dataset(args: WithSet) -> WithSet:
     return replace(args, dataset=of_set or "digits")
 
 
-def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matching.Setting, dict[str, Tensor]]:
+def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matching.Task, dict[str, Tensor]]:
     """The data set, brought to the size, channels and space of the distilled one, and the latter as network input."""
-    setting = partial(
-        matching.setting, args.dataset, args.data or None, device=device, network=args.network, zca=args.zca,
+    task = partial(
+        matching.task, args.dataset, args.data or None, device=device, network=args.network, zca=args.zca,
         store=store,
     )  # fmt: skip
-    on = setting(size=args.size)
+    on = task(size=args.size)
     if not args.set:
         return on, matching.random_subset(on, args.ipc, args.seed)
     constants = NORMALISATION.get(args.normalisation, (on.train.mean, on.train.std))
@@ -148,7 +148,7 @@ def read_set(args: WithSet, device: torch.device, store: Store) -> tuple[matchin
     if height != width or args.size not in (0, height):
         raise ValueError(f"{args.set} has images of {height} x {width} px; allowed: square ones, of size={args.size}")
     if (channels, height) != (on.train.images.shape[1], on.size):
-        on = setting(size=height, channels=channels)
+        on = task(size=height, channels=channels)
     labels, soft_labels = _renumbered(own, on.train.classes, args)
     if own.whitening and own.whitening["fitted_on"] != on.train.fingerprint:
         raise ValueError(f"{args.set} was whitened on other images than the training set of {args.dataset} found here")
@@ -202,7 +202,7 @@ def run_matching(
     args, config, device = parse(argv, name, Matching, config_class, published)
     store = Store(Path(args.store).expanduser())
     zca = bool(getattr(config, "zca", False))
-    on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
+    on = matching.task(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
                           zca=zca, store=store)  # fmt: skip
     facts = matching.facts(on, args.seed)
     arguments, inputs = [], (on.train.fingerprint,)
@@ -233,7 +233,7 @@ def run_matching(
 
 
 def train_and_test(
-    store: Store, made: Entry, on: matching.Setting, tensors: dict[str, Tensor], protocol: Protocol, args,
+    store: Store, made: Entry, on: matching.Task, tensors: dict[str, Tensor], protocol: Protocol, args,
     device: torch.device,
 ) -> None:  # fmt: skip
     """Train students on what an entry made, as network input, and print their accuracies."""

@@ -84,7 +84,7 @@ def run_mixing(argv: list[str], method: ModuleType) -> None:
 
 
 def _by_protocol(
-    args: Mixing, store: Store, inputs: tuple[str, ...], on: matching.Setting, tensors: dict[str, Tensor], pool,
+    args: Mixing, store: Store, inputs: tuple[str, ...], on: matching.Task, tensors: dict[str, Tensor], pool,
     config, method: ModuleType, seeds: range,
 ) -> None:  # fmt: skip
     """Students by a named protocol, of the set and of what it is mixed to at each pass."""
@@ -104,7 +104,7 @@ def _by_protocol(
         say_accuracy(name, tested.meta["accuracies"], len(on.test), f"protocol {protocol.name}, last epoch")
 
 
-def _real_to_mix(args: Mixing, on: matching.Setting, method: ModuleType) -> tuple[Tensor, Tensor | None]:
+def _real_to_mix(args: Mixing, on: matching.Task, method: ModuleType) -> tuple[Tensor, Tensor | None]:
     """Images uint8 [N, C, H, W] and, where they are of the data set itself, their labels."""
     channels = on.train.images.shape[1]
     if not args.pool:
@@ -118,7 +118,7 @@ def _real_to_mix(args: Mixing, on: matching.Setting, method: ModuleType) -> tupl
 
 
 def _mixed_student(
-    work: Path, on: matching.Setting, tensors: dict[str, Tensor], pool, config, method: ModuleType, seed: int
+    work: Path, on: matching.Task, tensors: dict[str, Tensor], pool, config, method: ModuleType, seed: int
 ) -> Product:
     with resumable(
         work, method.State.restore, config.passes, done=lambda state: state.epoch, name="student", unit="epoch"
@@ -134,7 +134,7 @@ def _mixed_student(
 
 
 @torch.inference_mode()
-def _top1(net: nn.Module, on: matching.Setting) -> float:
+def _top1(net: nn.Module, on: matching.Task) -> float:
     """Percent of the test images."""
     labels = on.test.labels.to(on.device)
     found = torch.cat([net(on.prepare(x)).argmax(1) for x in on.test.images.split(200)])

@@ -40,7 +40,7 @@ def run_selection(argv: list[str], method: ModuleType) -> None:
     kind = run.pop("augment")
     args, config, device = parse(argv, "coresets", Matching, method.Config, {(dataset, None): run}, CHOOSE)
     store = Store(Path(args.store).expanduser())
-    on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
+    on = matching.task(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
                           store=store)  # fmt: skip
     method.check(config, on.train.labels)
     augment = augment_of(kind, on, method)
@@ -94,7 +94,7 @@ def run_cad(argv: list[str], method: ModuleType) -> None:
     """
     args, config, device = parse(argv, "cad", Pruning, method.Config, method.PUBLISHED, CHOOSE)
     store = Store(Path(args.store).expanduser())
-    on = matching.setting(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
+    on = matching.task(args.dataset, args.data or None, device=device, size=args.size, network=args.network,
                           store=store)  # fmt: skip
     method.check(config, on.train.images, on.train.labels, on.make_network(rng(args.seed)))
     protocol = PROTOCOLS[args.protocol or "hard-truths-hard"]
@@ -129,7 +129,7 @@ def _needs_classes(protocol: Protocol) -> None:
         raise ValueError(f"protocol={protocol.name} wants labels or a step size that a coreset does not bring")
 
 
-def own_teacher(store: Store, on: matching.Setting, args, device: torch.device) -> tuple[nn.Module, Entry]:
+def own_teacher(store: Store, on: matching.Task, args, device: torch.device) -> tuple[nn.Module, Entry]:
     """A network of the students' kind, trained on the whole set for args.teacher_epochs."""
     recipe = replace(teachers.WMDD_TEACHER, epochs=args.teacher_epochs)
     dtype = resolve_precision(args.precision, device)
@@ -153,7 +153,7 @@ def own_teacher(store: Store, on: matching.Setting, args, device: torch.device) 
     return net.to(device).eval().requires_grad_(False), entry
 
 
-def _chosen(work: Path, on: matching.Setting, config, method: ModuleType, teacher, seed: int, kind: str) -> Product:
+def _chosen(work: Path, on: matching.Task, config, method: ModuleType, teacher, seed: int, kind: str) -> Product:
     """What the method makes, its images on the [0, 1] scale; kind: the augmentation of the scoring run."""
     train = on.train
     *_, total = method.schedule(config, len(train.classes), len(train))

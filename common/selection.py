@@ -33,11 +33,11 @@ class Scored:
     device: torch.device
 
     @classmethod
-    def of(cls, on: matching.Setting) -> Scored:
+    def of(cls, on: matching.Task) -> Scored:
         return cls(on.train.images, on.train.labels, on.make_network, on.prepare, on.device)
 
 
-def augment_of(kind: str, on: matching.Setting, method: ModuleType) -> Any:
+def augment_of(kind: str, on: matching.Task, method: ModuleType) -> Any:
     """The augmentation of a scoring run by its name in methods/coresets.py or cad.py; only the former has CropFlip."""
     match kind:
         case "none":
@@ -63,7 +63,7 @@ def scored(work: Path, on: Scored, method: ModuleType, config, augment: Any, see
         )  # fmt: skip
 
 
-def trial(work: Path, on: matching.Setting, protocol: Protocol, seed: int) -> Callable[[Tensor, Tensor], float]:
+def trial(work: Path, on: matching.Task, protocol: Protocol, seed: int) -> Callable[[Tensor, Tensor], float]:
     """accuracy(chosen, held out) on training images, of one student: what EL2N-Best asks for each of its windows.
 
     A run that was stopped goes on from the folder `work`, as the windows are asked for in the same order.

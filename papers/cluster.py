@@ -297,7 +297,7 @@ def absolute(path: str) -> str:
 def is_large(p: Planned, lab: Lab) -> bool:
     """Whether the stages of a cell work on images of ImageNet's kind, and so want a GPU for themselves."""
     own = isinstance(p.setup, MatchingSetup) and not p.setup.size  # as the data set has them
-    return (matching_stages.setting_of(lab, p.setup).size if own else p.setup.size) > SMALL_SIDE
+    return (matching_stages.task_of(lab, p.setup).size if own else p.setup.size) > SMALL_SIDE
 
 
 def run_cells(planned: list[Planned], lab: Lab, folder: Path, args: Args) -> None:

@@ -32,7 +32,7 @@ RECORD = ("seconds", "finished", "made", "run_on")  # what a result says of the 
 
 
 def found(
-    folder: str, on: matching.Setting, settings: Mapping, pixels: bool = False
+    folder: str, on: matching.Task, settings: Mapping, pixels: bool = False
 ) -> tuple[Path, DistilledSet] | None:
     """The committed set that was distilled with these settings, or None.
 
@@ -63,12 +63,12 @@ def alike(made: Mapping, settings: Mapping) -> bool:
     return recorded and all(name in made and which(made[name]) == which(value) for name, value in settings.items())
 
 
-def stage(lab: Lab, path: Path, own: DistilledSet, on: matching.Setting, what: str) -> Stage:
+def stage(lab: Lab, path: Path, own: DistilledSet, on: matching.Task, what: str) -> Stage:
     """The stage that reads a set in the place of the one that distils it."""
     return lab.stage("distill", {SET: own.fingerprint()}, (), lambda _: _product(path, own, on), 0.0, what)
 
 
-def _product(path: Path, own: DistilledSet, on: matching.Setting) -> Product:
+def _product(path: Path, own: DistilledSet, on: matching.Task) -> Product:
     """A set as a distill stage leaves it, images as network input; meta["set"]: file and origin."""
     tensors = {"images": on.inputs(own.images.to(on.device)).cpu().contiguous(), "labels": own.labels}
     tensors |= {"soft_labels": own.soft_labels} if own.soft_labels is not None else {}
@@ -88,7 +88,7 @@ def _name(path: Path) -> str:
     return path.relative_to(TABLES.parent).as_posix()
 
 
-def _fits(own: DistilledSet, on: matching.Setting) -> bool:
+def _fits(own: DistilledSet, on: matching.Task) -> bool:
     """Whether networks see the images as they did when the set was made."""
     train = on.train
     same = (own.classes, own.mean, own.std) == (train.classes, tuple(train.mean), tuple(train.std))

@@ -19,7 +19,7 @@ from papers.arguments import Args, completed
 from papers.cells import load_paper
 from papers.matching_stages import MatchingSetup
 from papers.planning import Planned
-from papers.setups import Setup
+from papers.setups import ImageSetup
 from papers.stages import Lab, Stage
 
 __all__ = ["Found", "as_set", "export", "main", "parse", "wanted"]
@@ -39,7 +39,7 @@ class Found:
     """A set and the cells that stand on it."""
 
     stage: Stage
-    setup: Setup | MatchingSetup
+    setup: ImageSetup | MatchingSetup
     cells: list[str]
     name: str  # of its file, without a suffix
 
@@ -86,7 +86,7 @@ def as_set(lab: Lab, found: Found, entry: Entry, **facts) -> DistilledSet:
     if "indices" in tensors:
         settings["training_images"] = tensors["indices"].tolist()
     if isinstance(setup, MatchingSetup):  # kept as network input
-        return matching_stages.setting_of(lab, setup).distilled(tensors, settings)
+        return matching_stages.task_of(lab, setup).distilled(tensors, settings)
     classes, mean, std = (tuple(meta[name]) for name in ("classes", "mean", "std"))
     images = tensors["images"]
     images = images if images.is_floating_point() else images / 255  # real ones are kept as they are
@@ -115,7 +115,7 @@ def export(args: Args, out: Path, layout: str = "safetensors") -> list[Path]:
             lacking[f"not in {args.store} yet"].append(found.cells[0])
             continue
         made, path = as_set(lab, found, entry, paper=args.paper, scale=args.scale), out / (found.name + SUFFIX[layout])
-        whiten = matching_stages.setting_of(lab, found.setup).zca if made.whitening else None
+        whiten = matching_stages.task_of(lab, found.setup).zca if made.whitening else None
         try:
             write(made, path, layout, whiten=whiten)
         except ValueError as error:  # what this layout has no place for

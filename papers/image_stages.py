@@ -28,7 +28,7 @@ from common.views import normalise
 from methods import nrr_dd, rded, sre2l, wmdd
 
 if TYPE_CHECKING:
-    from papers.setups import Setup
+    from papers.setups import ImageSetup
     from papers.stages import Lab, Stage
 
 __all__ = [
@@ -42,7 +42,7 @@ BLOCK = 100  # classes whose statistics are one stage: minutes of ImageNet-1K; a
 SHOWN_CLASSES = 10  # of which the maps behind the images are kept, for the figures
 
 
-def random(lab: Lab, setup: Setup, seed: int) -> Stage:
+def random(lab: Lab, setup: ImageSetup, seed: int) -> Stage:
     """Random real images, chosen anew for every seed: the honest baseline."""
     train, ipc = lab.data(setup.dataset, "train"), setup.distill["ipc"]
 
@@ -65,7 +65,7 @@ def random(lab: Lab, setup: Setup, seed: int) -> Stage:
 # ---------------------------------------------------------------- WMDD
 
 
-def statistics(lab: Lab, setup: Setup, layer: int) -> tuple[Stage, ...]:
+def statistics(lab: Lab, setup: ImageSetup, layer: int) -> tuple[Stage, ...]:
     """Features and BatchNorm statistics, a stage for each block of classes."""
     teacher, train = lab.teacher(setup), lab.data(setup.dataset, "train")
     classes = len(train.classes)
@@ -108,7 +108,7 @@ def _name_in(net: torch.nn.Module, layer: int) -> str:
     return next(name for name, module in net.named_modules() if module is wanted)
 
 
-def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...]:
+def barycenters(lab: Lab, setup: ImageSetup, config: wmdd.Config) -> tuple[Stage, ...]:
     """Atoms and weights, a stage for each block of classes."""
     stats, classes = statistics(lab, setup, config.layer), len(lab.data(setup.dataset, "train").classes)
 
@@ -128,7 +128,7 @@ def barycenters(lab: Lab, setup: Setup, config: wmdd.Config) -> tuple[Stage, ...
     return tuple(map(block, _blocks(classes), stats))
 
 
-def wmdd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+def wmdd_images(lab: Lab, setup: ImageSetup, _: int = 0) -> Stage:
     """One set serves all seeds of students, as in the paper."""
     config = wmdd.Config(**{"precision": lab.precision, **setup.distill})
     train = lab.data(setup.dataset, "train")
@@ -213,7 +213,7 @@ def _in_parts(
 # ---------------------------------------------------------------- SRe2L, RDED, NRR-DD
 
 
-def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+def sre2l_images(lab: Lab, setup: ImageSetup, _: int = 0) -> Stage:
     config = sre2l.Config(**{"precision": lab.precision, **setup.distill})
     train = lab.data(setup.dataset, "train")
     classes = len(train.classes)
@@ -248,7 +248,7 @@ def sre2l_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     return lab.stage("distill", settings, (*inputs, *parts), build, rest, what, teacher, *parts)
 
 
-def rded_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+def rded_images(lab: Lab, setup: ImageSetup, _: int = 0) -> Stage:
     config = rded.resolved(rded.Config(**{"precision": lab.precision, **setup.distill}), setup.size)
     train = lab.data(setup.dataset, "train")
     _check(rded, config, setup, train)
@@ -270,7 +270,7 @@ DISCOVERY = (  # what CIDD reads
 )  # fmt: skip
 
 
-def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+def cidd_images(lab: Lab, setup: ImageSetup, _: int = 0) -> Stage:
     """The first stage of NRR-DD alone; every refinement of these images starts from it."""
     config = nrr_dd.Config(
         **{k: v for k, v in {"precision": lab.precision, **setup.distill}.items() if k in DISCOVERY}
@@ -289,7 +289,7 @@ def cidd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     return _with_teacher(lab, setup, "cidd", config, make, nrr_dd.Discovery.restore, len(train.classes), looked)
 
 
-def nrr_dd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+def nrr_dd_images(lab: Lab, setup: ImageSetup, _: int = 0) -> Stage:
     """Keeps, of the first classes, the images before refinement and their masks too."""
     config = nrr_dd.Config(
         **{k: v for k, v in {"precision": lab.precision, **setup.distill}.items() if k not in nrr_dd.TRANSFER}
@@ -313,7 +313,7 @@ def nrr_dd_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
 
 def _with_teacher(
-    lab: Lab, setup: Setup, name: str, config, make: Callable, restore: Callable, passes: int, looked: int,
+    lab: Lab, setup: ImageSetup, name: str, config, make: Callable, restore: Callable, passes: int, looked: int,
     *needs: Stage,
 ) -> Stage:  # fmt: skip
     """The distill stage of a method that needs a teacher and, at most, the training images.
@@ -335,7 +335,7 @@ def _with_teacher(
     return lab.stage("distill", settings, (teacher, train.fingerprint, *needs), build, cost, what, teacher, *needs)
 
 
-def checked(lab: Lab, setup: Setup, teacher: Stage) -> torch.nn.Module:
+def checked(lab: Lab, setup: ImageSetup, teacher: Stage) -> torch.nn.Module:
     """The trained teacher; ValueError where it is near chance on real training images."""
     net, train = lab.restored(teacher), lab.data(setup.dataset, "train")
     rows = torch.linspace(0, len(train) - 1, min(CHECKED, len(train))).long()
@@ -360,7 +360,7 @@ def untrained(network: str, classes: int, size: int) -> torch.nn.Module:
     return networks.make(network, classes=classes, size=size, generator=rng(0)).to("meta")
 
 
-def _check(method, config, setup: Setup, train: Dataset | Stream) -> None:
+def _check(method, config, setup: ImageSetup, train: Dataset | Stream) -> None:
     """ValueError for a cell that cannot work, when it is planned: no teacher has to be trained first."""
     _tried(method, config, setup.network, setup.size, train)
 
@@ -371,7 +371,7 @@ def _tried(method, config, network: str, size: int, train: Dataset | Stream) -> 
     method.check(config, untrained(network, len(train.classes), size), train.labels, size=size, side=side)
 
 
-def real_views(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:
+def real_views(train: Dataset | Stream, rows: Tensor, setup: ImageSetup) -> Tensor:
     """Centre views uint8 [B, C, size, size] of some training images; ValueError names those that cannot be read."""
     pixels, found = readable(train, rows, setup)
     if missing := sorted(set(rows.tolist()) - set(found.tolist())):
@@ -383,7 +383,7 @@ def real_views(train: Dataset | Stream, rows: Tensor, setup: Setup) -> Tensor:
     return pixels
 
 
-def readable(train: Dataset | Stream, rows: Tensor, setup: Setup) -> tuple[Tensor, Tensor]:
+def readable(train: Dataset | Stream, rows: Tensor, setup: ImageSetup) -> tuple[Tensor, Tensor]:
     """Centre views uint8 [B, C, size, size] of some training images and which ones these are, int64 [B]: a stream
     leaves out what cannot be read."""
     if isinstance(train, Stream):
@@ -446,7 +446,7 @@ def check_ipc(data: Dataset | Stream, ipc: int) -> None:
         )
 
 
-IMAGES: dict[str, Callable[[Lab, Setup, int], Stage]] = {
+IMAGES: dict[str, Callable[[Lab, ImageSetup, int], Stage]] = {
     "random": random, "wmdd": wmdd_images, "sre2l": sre2l_images, "cda": sre2l_images, "dwa": sre2l_images,
     "rded": rded_images, "cidd": cidd_images, "nrr_dd": nrr_dd_images,
 }  # fmt: skip

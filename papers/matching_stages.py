@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from papers.stages import Lab, Stage
 
 __all__ = [
-    "ALGORITHMS", "MatchingSetup", "experts", "images", "matching_setup", "setting_of", "students", "teacher_logits",
+    "ALGORITHMS", "MatchingSetup", "experts", "images", "matching_setup", "students", "task_of", "teacher_logits",
 ]  # fmt: skip
 
 FULL = "full-data"  # all training images
@@ -109,7 +109,7 @@ class MatchingSetup:
         """The protocol for all training images, with the epochs that the scale gives such students."""
         return replace(self.protocol, **self.measure.get("full", {}))
 
-    def taught_by(self, on: matching.Setting) -> TeacherSetup:
+    def taught_by(self, on: matching.Task) -> TeacherSetup:
         """What the teacher is trained with; ValueError where the scale names none."""
         if not self.teacher_network or self.teacher is None:
             raise ValueError(f"protocol {self.protocol.name!r} and CA2D want a teacher, and this scale names none")
@@ -179,14 +179,14 @@ def _published(cell: Cell, dataset: str) -> dict:
 
 
 @functools.cache
-def _setting(lab: Lab, dataset: str, size: int, network: str, zca: bool) -> matching.Setting:
-    return matching.setting(
+def _task(lab: Lab, dataset: str, size: int, network: str, zca: bool) -> matching.Task:
+    return matching.task(
         dataset, lab.root, device=lab.device, size=size, network=network, zca=zca, store=lab.store
     )
 
 
-def setting_of(lab: Lab, setup: MatchingSetup) -> matching.Setting:
-    return _setting(lab, setup.dataset, setup.size, setup.network, bool(setup.distill.get("zca", False)))
+def task_of(lab: Lab, setup: MatchingSetup) -> matching.Task:
+    return _task(lab, setup.dataset, setup.size, setup.network, bool(setup.distill.get("zca", False)))
 
 
 def _config(lab: Lab, setup: MatchingSetup, algorithm: str):
@@ -198,7 +198,7 @@ def _config(lab: Lab, setup: MatchingSetup, algorithm: str):
 
 def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
     """The distill stage: a set in network-input space."""
-    on = setting_of(lab, setup)
+    on = task_of(lab, setup)
     ipc, facts = setup.distill["ipc"], matching.facts(on, seed)
     what = f"{algorithm.upper()}, {setup.run_on}, IPC {ipc}"
     if algorithm == RANDOM:
@@ -228,7 +228,7 @@ def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
 
 
 def experts(
-    lab: Lab, setup: MatchingSetup, on: matching.Setting, chosen: mtt.ExpertConfig, seed: int
+    lab: Lab, setup: MatchingSetup, on: matching.Task, chosen: mtt.ExpertConfig, seed: int
 ) -> tuple[Stage, ...]:
     """Expert trajectories: a stage for each, or for the few that a GPU trains side by side."""
 
@@ -263,18 +263,18 @@ def students(lab: Lab, cell: Cell, setup: MatchingSetup, seeds: tuple[int, ...])
 
 def _together(lab: Lab, setup: MatchingSetup, numbers: Sequence[int]) -> list[Sequence[int]]:
     """Seeds or experts, divided into those that are one stage."""
-    group = matching.side_by_side(lab.device, setting_of(lab, setup).size)
+    group = matching.side_by_side(lab.device, task_of(lab, setup).size)
     return [numbers[first : first + group] for first in range(0, len(numbers), group)]
 
 
-def tested_on(lab: Lab, setup: MatchingSetup) -> matching.Setting:
-    """The setting with the network of the students."""
-    on = setting_of(lab, setup)
+def tested_on(lab: Lab, setup: MatchingSetup) -> matching.Task:
+    """The task with the network of the students."""
+    on = task_of(lab, setup)
     return replace(on, network=setup.student_network) if setup.student_network else on
 
 
 def _students(lab: Lab, setup: MatchingSetup, made: Stage, seeds: Sequence[int]) -> Stage:
-    on = setting_of(lab, setup)
+    on = task_of(lab, setup)
     count = setup.distill["ipc"] * len(on.train.classes)
     protocol = setup.trained_by(count, len(on.train))
     looks, on = fitted_epochs(protocol.passes) if setup.looks else (), tested_on(lab, setup)
@@ -311,14 +311,14 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"student of seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} students"
 
 
-def teacher_logits(lab: Lab, setup: MatchingSetup, on: matching.Setting, pixels: Tensor) -> Tensor:
+def teacher_logits(lab: Lab, setup: MatchingSetup, on: matching.Task, pixels: Tensor) -> Tensor:
     """What the teacher says of images as they are: uint8 [N, C, H, W] -> float32 [N, K], on the CPU."""
     teacher = _teacher(lab, setup, on)
     return torch.cat([teacher(on.prepare(x)).cpu() for x in pixels.split(500)])
 
 
 def _teacher(
-    lab: Lab, setup: MatchingSetup, on: matching.Setting, dtype: torch.dtype = torch.float32
+    lab: Lab, setup: MatchingSetup, on: matching.Task, dtype: torch.dtype = torch.float32
 ) -> Callable[[Tensor], Tensor]:
     """The teacher on a student's input: back to pixels, and on by the teacher's own normalisation."""
     net, data = lab.restored(lab.teacher(setup.taught_by(on))), lab.data(setup.dataset, "train")
@@ -372,7 +372,7 @@ def _untrained(lab: Lab, setup: MatchingSetup, seeds: Sequence[int]) -> Stage:
     return lab.stage("untrained", settings, (), build, 0.0, f"untrained {on.network}")
 
 
-def _cost(config, method: ModuleType, on: matching.Setting) -> float:
+def _cost(config, method: ModuleType, on: matching.Task) -> float:
     """Floating-point operations of a distillation: the counts that the methods' arithmetic gives, good to a fifth."""
     classes = len(on.train.classes)
     synthetic = classes * config.ipc

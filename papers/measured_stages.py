@@ -86,12 +86,12 @@ def networks_of(lab: Lab, setup: MatchingSetup, trained: Stage) -> list[nn.Modul
 
 def test_sample(lab: Lab, setup: MatchingSetup) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels, labels and places of the test images that are measured on: all, or as many at random of each class."""
-    on = matching_stages.setting_of(lab, setup)
+    on = matching_stages.task_of(lab, setup)
     return _sample(on, min(setup.measure.get("images") or len(on.test), len(on.test)))
 
 
 @functools.cache
-def _sample(on: matching.Setting, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sample(on: matching.Task, count: int) -> tuple[Tensor, Tensor, Tensor]:
     labels = on.test.labels.cpu()
     order = torch.randperm(len(labels), generator=rng(0, "test sample"))
     turn = torch.empty_like(order)  # of an image among those of its class
@@ -102,7 +102,7 @@ def _sample(on: matching.Setting, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return on.test.images[rows].cpu(), labels[rows], rows
 
 
-def _logits(net: nn.Module, on: matching.Setting, dtype: torch.dtype, compile: bool) -> Callable[[Tensor], Tensor]:
+def _logits(net: nn.Module, on: matching.Task, dtype: torch.dtype, compile: bool) -> Callable[[Tensor], Tensor]:
     """Of pixels, in the arithmetic in which long students train."""
     layout = torch.channels_last if compile else torch.contiguous_format
     if compile:
@@ -142,7 +142,7 @@ def corrupted_images(lab: Lab, setup: MatchingSetup) -> tuple[Stage, ...]:
     Where the released files of CIFAR-10-C lie beside the data, these first, then those made here. They are in the order
     of CIFAR-10's own test file: with a tree of images a sample of theirs is of other images than one of ours.
     """
-    on, severities = matching_stages.setting_of(lab, setup), _severities(setup)
+    on, severities = matching_stages.task_of(lab, setup), _severities(setup)
     pixels, labels, rows = test_sample(lab, setup)
     root = lab.root or os.environ.get("DD_DATA", "")
     theirs = released_labels(root) if setup.dataset == "cifar10" and root else None
@@ -179,7 +179,7 @@ def _corrupted(lab: Lab, setup: MatchingSetup, trained: Stage) -> Stage:
     A procedural frost is not the published one: it is left out of the means, which are then over 14 and 18. With the
     released files the means are of these, and `compared` has those of both kinds of images over the 14 and 18.
     """
-    on, made = matching_stages.setting_of(lab, setup), corrupted_images(lab, setup)
+    on, made = matching_stages.task_of(lab, setup), corrupted_images(lab, setup)
     pixels, labels, _ = test_sample(lab, setup)
     cost = (1 + len(made) * len(CORRUPTIONS) * len(_severities(setup))) * len(labels) * on.flops
     arithmetic = lab.arithmetic(cost)
@@ -230,7 +230,7 @@ def details(metas: Sequence[Mapping], metric: str) -> dict:
 
 def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> Stage:
     """Accuracy under attack; `measure: pgd` holds options of `common.attacks.pgd` that are not its defaults."""
-    on = matching_stages.setting_of(lab, setup)
+    on = matching_stages.task_of(lab, setup)
     attack, eps = ATTACK.fullmatch(metric).groups()
     options = dict(setup.measure.get("pgd", {})) if attack == "pgd" else {}
     pixels, labels, rows = test_sample(lab, setup)
@@ -255,7 +255,7 @@ def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> St
 
 def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
     """What SRe2L (BN loss) or DM would say of a set: their loss at its images."""
-    on, train = matching_stages.setting_of(lab, setup), lab.data(setup.dataset, "train")
+    on, train = matching_stages.task_of(lab, setup), lab.data(setup.dataset, "train")
     made = matching_stages.images(lab, setup, cell.algorithm, 0)
     teacher = (lab.teacher(setup.taught_by(on)),) if cell.metric == "BN loss" else ()
     per_class = setup.measure.get("per_class", 500)
@@ -285,7 +285,7 @@ def _trajectory(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
 
     The expert is of the cell's architecture, whatever network the set was made with.
     """
-    own, made = matching_stages.setting_of(lab, setup), matching_stages.images(lab, setup, cell.algorithm, 0)
+    own, made = matching_stages.task_of(lab, setup), matching_stages.images(lab, setup, cell.algorithm, 0)
     plain = replace(setup, distill={**setup.distill, "zca": False})  # one expert for all sets, also whitened ones
     whitened, measure = setup.distill.get("zca", False), dict(setup.measure["trajectory"])
     on = matching_stages.tested_on(lab, plain)
@@ -311,7 +311,7 @@ def _trajectory(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
 
 def _law(lab: Lab, setup: MatchingSetup, trained: list[Stage]) -> Stage:
     """The scaling law (Eqs 7 and 8 of Hard Truths) of the mean error of students over their epochs."""
-    on = matching_stages.setting_of(lab, setup)
+    on = matching_stages.task_of(lab, setup)
     count = setup.distill["ipc"] * len(on.train.classes)
     passes = setup.trained_by(count, len(on.train)).passes
     epochs = sorted({*fitted_epochs(passes), passes})
@@ -334,7 +334,7 @@ def _law(lab: Lab, setup: MatchingSetup, trained: list[Stage]) -> Stage:
 
 def _similar(lab: Lab, setup: MatchingSetup, trained: Stage, reference: Stage) -> Stage:
     """CKA of each layer of the full-data network with each of a student's; the number is the mean of the diagonal."""
-    on = matching_stages.setting_of(lab, setup)
+    on = matching_stages.task_of(lab, setup)
     pixels, _, rows = test_sample(lab, setup)
     pixels = pixels[torch.randperm(len(rows), generator=rng(0, "CKA order"))]  # a batch has images of every class
 

@@ -28,7 +28,7 @@ def _other(lab: Lab, name: str, channels: int):
     return load(name, lab.root, split="train", channels=channels, cache=lab.store.root / "cache")
 
 
-def pool_inputs(lab: Lab, setup: MatchingSetup, on: matching.Setting) -> tuple[str, ...]:
+def pool_inputs(lab: Lab, setup: MatchingSetup, on: matching.Task) -> tuple[str, ...]:
     """Fingerprints of the images that are mixed in.
 
     Before anything runs, FileNotFoundError says what is missing, and ValueError that a set is too large to mix in, or
@@ -55,7 +55,7 @@ def _config(setup: MatchingSetup) -> natural_mixing.Config:
 
 
 def mixture(
-    lab: Lab, setup: MatchingSetup, on: matching.Setting, tensors: dict[str, Tensor]
+    lab: Lab, setup: MatchingSetup, on: matching.Task, tensors: dict[str, Tensor]
 ) -> Callable[[int, int], Tensor]:
     """(seed of the student, epoch) -> the set mixed with real images, as network input [M, C, H, W]."""
     name, channels, labels = setup.mix.get("pool", ""), on.train.images.shape[1], None

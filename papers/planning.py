@@ -12,7 +12,7 @@ from common.hardware import autocast, hardware
 from papers import committed, image_stages, matching_stages
 from papers.arguments import Args
 from papers.cells import Cell, Paper, select
-from papers.setups import Setup, setup_of
+from papers.setups import ImageSetup, setup_of
 from papers.stages import Lab, Stage
 
 ALGORITHMS = (*image_stages.IMAGES, *matching_stages.ALGORITHMS)
@@ -25,7 +25,7 @@ class Planned:
     """A cell with the stages it needs, or the reason why it has none."""
 
     cell: Cell
-    setup: Setup | None = None
+    setup: ImageSetup | None = None
     stages: tuple[Stage, ...] = ()  # one evaluate stage a seed, or the stages that are timed
     why: str = ""
 
@@ -85,7 +85,7 @@ def usable(make: Callable, *arguments):
         raise ValueError(f"its settings in paper.yaml cannot be used: {reason}") from error
 
 
-def stages_of(cell: Cell, setup: Setup, lab: Lab, seeds: tuple[int, ...]) -> list[Stage]:
+def stages_of(cell: Cell, setup: ImageSetup, lab: Lab, seeds: tuple[int, ...]) -> list[Stage]:
     """The last stages of a cell; FileNotFoundError for missing data, ValueError for settings that cannot work."""
     return [lab.images(setup, cell.algorithm, 0)] if cell.metric == "time" else lab.students(cell, setup, seeds)
 

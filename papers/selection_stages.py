@@ -33,19 +33,19 @@ SELECTS = (  # fields of a config of cad.py that the scoring run does not depend
     "method", "score", "window", "windows", "include_last", "factor", "crops", "crop", "pool")
 
 
-def images(lab: Lab, setup: MatchingSetup, on: matching.Setting, algorithm: str, seed: int) -> Stage:
+def images(lab: Lab, setup: MatchingSetup, on: matching.Task, algorithm: str, seed: int) -> Stage:
     """The distill stage: a set in network-input space, and which training images it is made of where it is."""
     make = {"coreset": _coreset, "cad": _cad, BORROWED: _borrowed}[algorithm]
     return make(lab, setup, on, seed)
 
 
-def _set(on: matching.Setting, tensors: dict[str, Tensor], **meta) -> Product:
+def _set(on: matching.Task, tensors: dict[str, Tensor], **meta) -> Product:
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     preview = {"preview.png": matching.preview(on, tensors)}
     return Product(tensors, {**meta, **matching.size_of(tensors)}, preview)
 
 
-def _seen(on: matching.Setting, compile: bool) -> Scored:
+def _seen(on: matching.Task, compile: bool) -> Scored:
     """What a scoring run sees; compile: its networks compiled up to the last layer, whose input the run reads."""
 
     def make_network(generator: torch.Generator) -> nn.Module:
@@ -61,7 +61,7 @@ def _seen(on: matching.Setting, compile: bool) -> Scored:
 # ---------------------------------------------------------------- coresets
 
 
-def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
+def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Task, seed: int) -> Stage:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items() if k != "augment"}
     config, ipc = coresets.Config(**options), setup.distill["ipc"]
     coresets.check(config, on.train.labels)
@@ -91,7 +91,7 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) ->
     return lab.stage("distill", settings, (on.train.fingerprint, *needs), build, cost, what, *needs)
 
 
-def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets.Config) -> Stage:
+def _bank(lab: Lab, setup: MatchingSetup, on: matching.Task, config: coresets.Config) -> Stage:
     """One scoring run serves every selector that wants a run like it."""
     kind = setup.distill.get("augment", "none")
     cost = config.trained * 4.0 * len(on.train) * on.flops  # a step, and a look at every image
@@ -112,7 +112,7 @@ def _bank(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: coresets
 # ---------------------------------------------------------------- CAD-Prune and CA2D
 
 
-def _cad(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
+def _cad(lab: Lab, setup: MatchingSetup, on: matching.Task, seed: int) -> Stage:
     ipc = setup.distill["ipc"]
     config = cad.Config(**{**setup.distill, "student_epochs": setup.protocol.epochs})  # the budget that is matched
     run, train = _trajectory(lab, setup, on, config), on.train
@@ -146,7 +146,7 @@ def _named(config: cad.Config) -> dict:
     return {name: value for name, value in asdict(config).items() if name != "full_epochs" or value}
 
 
-def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: cad.Config) -> Stage:
+def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Task, config: cad.Config) -> Stage:
     kind = cad.augmentation(setup.dataset)
     looks, _, _, steps = cad.schedule(config, len(on.train.classes), len(on.train))
     cost = (3.0 * steps * config.batch + len(looks) * len(on.train)) * on.flops
@@ -166,7 +166,7 @@ def _trajectory(lab: Lab, setup: MatchingSetup, on: matching.Setting, config: ca
 # ---------------------------------------------------------------- sets of other papers
 
 
-def _borrowed(lab: Lab, setup: MatchingSetup, on: matching.Setting, seed: int) -> Stage:
+def _borrowed(lab: Lab, setup: MatchingSetup, on: matching.Task, seed: int) -> Stage:
     """A set in pixels that another paper's cell stands on: distill: {paper, scale, cell}."""
     from papers.setups import setup_of  # the other way round it imports the matching stages
 

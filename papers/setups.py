@@ -1,4 +1,4 @@
-"""What a printed data set means at a scale: from `paper.yaml` and the published settings to the `Setup` of a cell.
+"""What a printed data set means at a scale: from `paper.yaml` and the published settings to the `ImageSetup` of a cell.
 
 Settings are laid over each other, the later ones winning: those of the method, of the scale, of its data set, of the
 IPC, of the cell.  `distill:` in the yaml is meant for the paper's own method, `methods: {NAME: {distill: ...}}` for the
@@ -20,7 +20,7 @@ from papers import matching_stages
 from papers.cells import Cell, merged
 from papers.matching_stages import MatchingSetup
 
-__all__ = ["ARCHITECTURES", "Setup", "setup_of"]
+__all__ = ["ARCHITECTURES", "ImageSetup", "setup_of"]
 
 ARCHITECTURES = {  # as printed -> common.networks
     "ResNet-18": "resnet18",
@@ -42,7 +42,7 @@ STITCHED = ("rded", "cidd", "nrr_dd")  # made of patches, which the student's vi
 
 
 @dataclass(frozen=True)
-class Setup:
+class ImageSetup:
     """What a printed data set means at a scale, for one number of images per class."""
 
     dataset: str
@@ -111,7 +111,7 @@ def _agree(now: Mapping, then: Mapping) -> bool:
     )
 
 
-def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
+def setup_of(scale: Mapping, cell: Cell) -> ImageSetup | MatchingSetup | None:
     """The settings of `cell`: the scale's, those of its data set, of its IPC, its own.  None: not in this scale."""
     data = scale["data"].get(cell.dataset) or {}
     protocol = data.get("protocols", {}).get(cell.protocol, cell.protocol)
@@ -139,7 +139,7 @@ def setup_of(scale: Mapping, cell: Cell) -> Setup | MatchingSetup | None:
         )
     shorter = data.get("shorter")
     shorter = shorter.get(size) if isinstance(shorter, Mapping) else shorter  # one number, or one for each size
-    return Setup(
+    return ImageSetup(
         data["dataset"],
         size,
         networks[made_with],

@@ -30,7 +30,7 @@ from methods import nrr_dd
 from papers import image_stages, matching_stages, measured_stages, stream_stages
 from papers.cells import Cell
 from papers.matching_stages import MatchingSetup
-from papers.setups import Setup
+from papers.setups import ImageSetup
 
 __all__ = ["Lab", "Stage"]
 
@@ -98,7 +98,7 @@ class Lab:
             return views, labels
         return data.center(size, shorter=shorter), data.labels
 
-    def class_batches(self, setup: Setup, k: int) -> Iterator[Tensor]:
+    def class_batches(self, setup: ImageSetup, k: int) -> Iterator[Tensor]:
         """Normalised centre views of class k in file order, in the chunks of 100 of the released code."""
         data = self.data(setup.dataset, "train")
         order = data.class_indices(k)
@@ -135,7 +135,7 @@ class Lab:
             self._checked[key] = entry, entry.marks()
         return entry
 
-    def teacher(self, setup: Setup) -> Stage:
+    def teacher(self, setup: ImageSetup) -> Stage:
         train, test = (self.data(setup.dataset, split) for split in ("train", "test"))
         settings = teachers.settings(setup.dataset, setup.network, setup.size, setup.teacher, 0, self.precision)
         settings |= {"shorter": setup.shorter} if setup.shorter else {}  # decides the test views
@@ -164,7 +164,7 @@ class Lab:
         net = teachers.restore(entry.tensors(), entry.meta["network"], len(entry.meta["classes"]), entry.meta["size"])
         return net.to(self.device, memory_format=torch.channels_last)
 
-    def images(self, setup: Setup, algorithm: str, seed: int) -> Stage:
+    def images(self, setup: ImageSetup, algorithm: str, seed: int) -> Stage:
         """The distill stage: a set in pixel space."""
         return (image_stages.IMAGES | stream_stages.IMAGES)[algorithm](self, setup, seed)
 
@@ -181,7 +181,7 @@ class Lab:
         data = Dataset(stage.what, pixels, tensors["labels"], tuple(meta["classes"]), mean, std, None, entry.key)
         return teachers.resident(data, self.device), tensors.get("weights")
 
-    def labels(self, setup: Setup, images: Stage) -> Stage:
+    def labels(self, setup: ImageSetup, images: Stage) -> Stage:
         """What the teacher says of every view of a stream; boundary labels keep two numbers of it."""
         teacher, recipe, (keep, _) = self.teacher(setup), setup.student, _transfer(setup)
 
@@ -213,7 +213,7 @@ class Lab:
         what = f"{'boundary' if keep else 'soft'} labels of {images.what}"
         return self.stage("relabel", settings, (images, teacher), build, cost, what, images, teacher)
 
-    def student(self, setup: Setup, images: Stage, seed: int) -> Stage:
+    def student(self, setup: ImageSetup, images: Stage, seed: int) -> Stage:
         """One student after its last epoch, and for RDED's recipe the best of the epochs that its code tests.
 
         setup.labels: "stored" reads the teacher's labels, "recomputed" asks it again for the same views and stores
@@ -269,24 +269,24 @@ class Lab:
         what = f"{network} student, seed {seed}, {setup.regime} labels, {images.what}"
         return self.stage("evaluate", settings, (*needs, test.fingerprint), build, cost, what, *needs)
 
-    def run_on(self, setup: Setup | MatchingSetup) -> str:
+    def run_on(self, setup: ImageSetup | MatchingSetup) -> str:
         """What a number was made with, to be said beside it: CIFAR and SVHN kept as JPEG are not the published sets."""
         matching, known, files = isinstance(setup, MatchingSetup), INFO.get(setup.dataset), ""
-        train = matching_stages.setting_of(self, setup).train if matching else self.data(setup.dataset, "train")
+        train = matching_stages.task_of(self, setup).train if matching else self.data(setup.dataset, "train")
         if known is not None and known.size is None and not isinstance(train, Stream):  # it comes in several editions
             side = self.data(setup.dataset, "train").short_side
             files = f", from files of {side} px{' or more' if side == SHORT_SIDE else ''}"
         lossy = setup.dataset in ("cifar10", "cifar100", "svhn") and "JPEG files" in train.note
         return f"{setup.run_on}{files}{' kept as JPEG files' if lossy else ''}"
 
-    def facts(self, setup: Setup | MatchingSetup) -> dict:
+    def facts(self, setup: ImageSetup | MatchingSetup) -> dict:
         """The settings part of a result file; epochs are those that students were trained for."""
         if not isinstance(setup, MatchingSetup) or setup.distill["ipc"] is None:
             return setup.facts()
-        train = matching_stages.setting_of(self, setup).train
+        train = matching_stages.task_of(self, setup).train
         return setup.facts(setup.distill["ipc"] * len(train.classes), len(train))
 
-    def students(self, cell: Cell, setup: Setup | MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
+    def students(self, cell: Cell, setup: ImageSetup | MatchingSetup, seeds: tuple[int, ...]) -> list[Stage]:
         """The last stages of a cell: their results hold one accuracy for each seed."""
         if isinstance(setup, MatchingSetup):
             if cell.metric == "accuracy":
@@ -294,7 +294,7 @@ class Lab:
             return measured_stages.measured(self, cell, setup, seeds)
         return [self.student(setup, self.images(setup, cell.algorithm, seed), seed) for seed in seeds]
 
-    def _steps(self, setup: Setup) -> tuple[int, int]:
+    def _steps(self, setup: ImageSetup) -> tuple[int, int]:
         images = setup.distill["ipc"] * len(self.data(setup.dataset, "train").classes)
         recipe = setup.student
         return recipe.epochs * steps_per_epoch(images, recipe.batch), min(recipe.batch, images)
@@ -316,19 +316,19 @@ def tested_epochs(recipe: Recipe) -> set[int]:
     return {e for e in range(recipe.epochs) if (e + 1) % 10 == 0 and e > 0.8 * recipe.epochs} | {recipe.epochs - 1}
 
 
-def nrr_dd_config(setup: Setup) -> nrr_dd.Config:
+def nrr_dd_config(setup: ImageSetup) -> nrr_dd.Config:
     """r and alpha of Eq. 9 of NRR-DD and the temperature of d, from the method's settings where they are among them."""
     own = ("threshold", "boundary_weight", "distance_temperature")
     return nrr_dd.Config(**{k: v for k, v in setup.distill.items() if k in own})
 
 
-def boundary_settings(setup: Setup) -> dict[str, float]:
+def boundary_settings(setup: ImageSetup) -> dict[str, float]:
     config = nrr_dd_config(setup)
     softer = {} if config.distance_temperature == 1 else {"temperature": config.distance_temperature}
     return {"threshold": config.threshold, "weight": config.boundary_weight, **softer}
 
 
-def _transfer(setup: Setup) -> tuple[Keep | None, Loss | None]:
+def _transfer(setup: ImageSetup) -> tuple[Keep | None, Loss | None]:
     """What is kept of the teacher's logits, and the student's loss; None: the logits, and the KL divergence to them."""
     if setup.t_squared:
         t = setup.student.temperature

@@ -27,7 +27,7 @@ from papers.image_stages import checked, distilled_set, readable, real_views, si
 from papers.selection_stages import SELECTS
 
 if TYPE_CHECKING:
-    from papers.setups import Setup
+    from papers.setups import ImageSetup
     from papers.stages import Lab, Stage
 
 __all__ = ["IMAGES"]
@@ -40,7 +40,7 @@ READS = ("window", "windows", "include_last")  # the snapshots that a scoring ru
 AT_ONCE = 4096  # held-out images in memory
 
 
-def seen(lab: Lab, setup: Setup) -> Scored:
+def seen(lab: Lab, setup: ImageSetup) -> Scored:
     """What a scoring run sees of a set: centre views, in training random resized crops with flips."""
     train = lab.data(setup.dataset, "train")
 
@@ -74,7 +74,7 @@ def _checked_cad(config: cad.Config, train: Dataset | Stream, network: str, size
     cad.check(config, whole(train), train.labels, net, size=size)
 
 
-def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+def coreset_images(lab: Lab, setup: ImageSetup, _: int = 0) -> Stage:
     """One set serves all seeds of students."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items()}
     if (kind := options.pop("augment", AUGMENT)) != AUGMENT:
@@ -127,7 +127,7 @@ def coreset_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
 
 
 def _trial(
-    lab: Lab, setup: Setup, train: Dataset | Stream, recipe: Recipe, work: Path
+    lab: Lab, setup: ImageSetup, train: Dataset | Stream, recipe: Recipe, work: Path
 ) -> Callable[[Tensor, Tensor], float]:
     """accuracy(chosen, held out) of a student under hard labels, resumable: what EL2N-Best asks for each window."""
     asked = itertools.count()
@@ -152,7 +152,7 @@ def _trial(
     return test
 
 
-def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
+def cad_images(lab: Lab, setup: ImageSetup, _: int = 0) -> Stage:
     """CAD-Prune and CA2D; one set serves all seeds of students."""
     budget = {"student_epochs": setup.student.epochs}  # that is matched, whatever the published students have
     config = cad.Config(**{"precision": lab.precision, **setup.distill, **budget})
@@ -192,10 +192,10 @@ def cad_images(lab: Lab, setup: Setup, _: int = 0) -> Stage:
     return lab.stage("distill", settings, (train.fingerprint, *needs), build, cost, what, *needs)
 
 
-def _chosen(train: Dataset | Stream, rows: Tensor, setup: Setup, meta: dict) -> Product:
+def _chosen(train: Dataset | Stream, rows: Tensor, setup: ImageSetup, meta: dict) -> Product:
     """The set of these training images, as bytes: five hundred of each class of ImageNet-1K are 75 GB."""
     tensors = {"images": real_views(train, rows, setup), "labels": train.labels[rows], "indices": rows}
     return distilled_set(tensors, meta, train)
 
 
-IMAGES: dict[str, Callable[[Lab, Setup, int], Stage]] = {"coreset": coreset_images, "cad": cad_images}
+IMAGES: dict[str, Callable[[Lab, ImageSetup, int], Stage]] = {"coreset": coreset_images, "cad": cad_images}

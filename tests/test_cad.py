@@ -686,7 +686,7 @@ def test_the_script_keeps_a_set_and_trains_students_on_it(method, tmp_path, caps
     assert said[0] == said[1] and "2 students, protocol hard-truths-hard" in said[0]
     assert ("teacher: " in said[0]) == (method == "ca2d")
     found = distilled.load(tmp_path / f"{method}_digits_ipc2.safetensors")
-    on = matching.setting("digits", None, device=torch.device("cpu"), size=8)
+    on = matching.task("digits", None, device=torch.device("cpu"), size=8)
     real = {(int(y), x.numpy().tobytes()) for x, y in zip(on.train.images, on.train.labels, strict=True)}
     mine = {(int(y), x.numpy().tobytes()) for x, y in zip(
         (found.images * 255).round().to(torch.uint8), found.labels, strict=True)}  # fmt: skip
@@ -700,7 +700,7 @@ def test_the_script_keeps_a_set_and_trains_students_on_it(method, tmp_path, caps
 def test_the_scoring_run_sees_what_students_of_its_data_set_see(dataset, kind, named, tmp_path, monkeypatch):
     """In the script and in the papers; what is named in the store is what is new."""
     seen = {}
-    on = matching.setting("digits", None, device=torch.device("cpu"), size=8, network="convnet1-instance-w32")
+    on = matching.task("digits", None, device=torch.device("cpu"), size=8, network="convnet1-instance-w32")
     on = replace(on, train=replace(on.train, name=dataset))
 
     def distill(*_, augment, **__):

@@ -151,7 +151,7 @@ def test_learned_step_sizes_and_soft_labels_come_along(path, tmp_path):
     soft = torch.randn(len(own.labels), 10, generator=torch.Generator().manual_seed(0))
     args = runner.parse([*MIXING, f"store={tmp_path / 'own'}"])
     lab = runner.lab_of(args)
-    on = matching.setting("digits", None, device=lab.device, zca=True, store=lab.store)
+    on = matching.task("digits", None, device=lab.device, zca=True, store=lab.store)
     whitened = replace(own, soft_labels=soft, student_lr=0.03, whitening={"fitted_on": on.train.fingerprint})
     tensors = committed._product(path, whitened, on).tensors
     assert torch.equal(tensors["soft_labels"], soft) and float(tensors["lr"]) == pytest.approx(0.03)

@@ -17,7 +17,7 @@ SHORT += ["teacher_epochs=1"]
 @pytest.fixture
 def place(tmp_path):
     """A set of two images a class in a file, and where results go."""
-    on = matching.setting("digits", None, device="cpu", size=16, network="convnet2-w32")
+    on = matching.task("digits", None, device="cpu", size=16, network="convnet2-w32")
     tensors = matching.random_subset(on, 2, 7)
     on.distilled(tensors, {}).save(tmp_path / "set.safetensors")
     return tmp_path
@@ -45,7 +45,7 @@ def test_a_set_is_tested_beside_random_images(place, protocol, capsys):
 
 
 def test_the_data_set_is_the_one_that_the_set_names(tmp_path):
-    on = matching.setting("digits", None, device="cpu", size=16, network="convnet2-w32")
+    on = matching.task("digits", None, device="cpu", size=16, network="convnet2-w32")
     tensors = matching.random_subset(on, 2, 7)
     on.distilled(tensors, {"dataset": "cifar10"}).save(tmp_path / "set.safetensors")
     given = evaluate.Evaluation(set=str(tmp_path / "set.safetensors"))
@@ -56,7 +56,7 @@ def test_the_data_set_is_the_one_that_the_set_names(tmp_path):
 
 
 def test_the_numbers_are_those_of_the_students(place):
-    on = matching.setting("digits", None, device="cpu", size=16, network="convnet2-w32")
+    on = matching.task("digits", None, device="cpu", size=16, network="convnet2-w32")
     protocol = evaluate.replace(evaluate.PROTOCOLS["dm-2023"], epochs=2)
     expected = matching.students(place, on, matching.random_subset(on, 2, 7), protocol, [0, 1]).meta["accuracies"]
     assert run(place, "protocol=dm-2023", "random=false")["accuracies"] == expected

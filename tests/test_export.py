@@ -91,7 +91,7 @@ def another(store, algorithm: str, **settings) -> tuple:
     stage = matching_stages.images(lab, setup, algorithm, 0)
     entry = lab.entry(stage)
     result = export.as_set(lab, replace(found, stage=stage, setup=setup), entry)
-    return matching_stages.setting_of(lab, setup), entry.tensors(), result
+    return matching_stages.task_of(lab, setup), entry.tensors(), result
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def test_hexagons_of_the_scores_have_a_key(monkeypatch):
     teacher, store = SimpleNamespace(name="teacher"), SimpleNamespace(get=lambda *_: 1)
     run.lab = SimpleNamespace(teacher=lambda on: teacher, key=lambda stage: "", store=store, run_on=lambda _: "digits")
     monkeypatch.setattr(drawing, "entry", lambda *_: bank)
-    monkeypatch.setattr(hard_truths, "setting_of", lambda *_: SimpleNamespace(train=SimpleNamespace(images=images)))
+    monkeypatch.setattr(hard_truths, "task_of", lambda *_: SimpleNamespace(train=SimpleNamespace(images=images)))
     monkeypatch.setattr(hard_truths, "teacher_logits", lambda *_: torch.eye(10)[labels])
     figure = hard_truths.figure_scores(run)
     assert "training images in a hexagon (log scale)" in [ax.get_ylabel() for ax in figure.axes]

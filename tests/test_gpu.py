@@ -47,8 +47,8 @@ def teacher(device: torch.device) -> nn.Module:
     return networks.make(TEACHER, classes=10, size=SIZE, generator=rng("teacher")).eval().to(device)
 
 
-def setting(device: torch.device) -> matching.Setting:
-    return matching.setting("digits", None, device=device, size=SIZE, network=CONVNET)
+def task(device: torch.device) -> matching.Task:
+    return matching.task("digits", None, device=device, size=SIZE, network=CONVNET)
 
 
 # ---------------------------------------------------------------- students and labels
@@ -85,7 +85,7 @@ def test_students_side_by_side_by_a_protocol(tmp_path):
     protocol = replace(matching.PROTOCOLS["dsa-2021"], epochs=3)
 
     def run(device):
-        on = setting(device)
+        on = task(device)
         made = matching.students(tmp_path / device.type, on, matching.random_subset(on, 3, 0), protocol, range(3),
                                  keep=True)  # fmt: skip
         return made.tensors
@@ -106,7 +106,7 @@ def test_students_side_by_side_by_a_protocol(tmp_path):
 )
 def test_matching(method, options):
     def run(device):
-        on = setting(device)
+        on = task(device)
         made = method.distill(
             on.train.images, on.train.labels, method.Config(ipc=2, **options), make_network=on.make_network,
             prepare=on.prepare, augment=None if method is dc else on.augment, generator=rng("distill"), device=device,
@@ -145,7 +145,7 @@ def test_a_scoring_run(method):
     options = {"ipc": 2, "student_epochs": 60, "batch": 32} if method is cad else {"ipc": 2, "epochs": 2, "batch": 64}
 
     def run(device):
-        on = setting(device)
+        on = task(device)
         found = method.score(
             on.train.images[:200], on.train.labels[:200], method.Config(**options), make_network=on.make_network,
             prepare=on.prepare, augment=None, generator=rng("score"), device=device,

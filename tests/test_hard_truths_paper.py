@@ -259,7 +259,7 @@ def test_soft_regimes_want_a_teacher(lab):
 def test_a_teacher_sees_pixels_as_it_was_trained_on(lab):
     """The student's normalisation is undone: the same logits as on the teacher's own centre views."""
     _, chosen = setup("smoke", "regimes/cifar-100/random/sl/convnet/10/own")
-    on = matching_stages.setting_of(lab, chosen)
+    on = matching_stages.task_of(lab, chosen)
     quick = replace(chosen, teacher=replace(chosen.teacher, epochs=1))
     logits = matching_stages.teacher_logits(lab, quick, on, on.train.images[:40])
     net, data = lab.restored(lab.teacher(quick.taught_by(on))), lab.data("digits", "train")
@@ -314,7 +314,7 @@ def test_sets_under_every_regime(run, lab):
 def test_chosen_images_are_training_images_of_their_class(run):
     made = run.entry("regimes/cifar-100/cad-prune/hl/convnet/10/own").tensors()
     _, chosen = setup("smoke", "regimes/cifar-100/cad-prune/hl/convnet/10/own")
-    on = matching.setting("digits", None, device=torch.device("cpu"), network=chosen.network)
+    on = matching.task("digits", None, device=torch.device("cpu"), network=chosen.network)
     assert torch.equal(on.prepare(on.train.images[made["indices"]]), made["images"])
     assert torch.equal(on.train.labels[made["indices"]], made["labels"])
     assert made["labels"].bincount().tolist() == [10] * 10 and len(made["indices"].unique()) == 100
@@ -435,7 +435,7 @@ def test_sets_of_unequal_classes_are_drawn_by_their_labels(monkeypatch):
     made = SimpleNamespace(tensors=lambda: {"images": labels[:, None, None, None].float(), "labels": labels})
     cell = SimpleNamespace(table="regimes", setting="HL", ipc=10, method="DM")
     planned, shown = SimpleNamespace(cell=cell, setup=SimpleNamespace(run_on="digits")), []
-    monkeypatch.setattr(figures, "setting_of", lambda *_: on)
+    monkeypatch.setattr(figures, "task_of", lambda *_: on)
     monkeypatch.setattr(figures.drawing, "entry", lambda *_: made)
     monkeypatch.setattr(figures.drawing, "show_image", lambda _, image: shown.append(int(image[0, 0, 0])))
     monkeypatch.setattr(figures.drawing, "captioned", lambda figure, *_: figure)

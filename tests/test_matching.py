@@ -117,7 +117,7 @@ def test_printed_numbers():
 
 def test_pixels_and_network_input_are_inverse():
     for zca in (False, True):
-        on = matching.setting("digits", None, device=CPU, size=8, network="mlp", zca=zca)
+        on = matching.task("digits", None, device=CPU, size=8, network="mlp", zca=zca)
         some = on.train.images[:5]
         assert torch.allclose(on.pixels(on.prepare(some)), some.float() / 255, atol=1e-4)
         made = on.distilled({"images": on.prepare(some), "labels": on.train.labels[:5]}, {})
@@ -127,7 +127,7 @@ def test_pixels_and_network_input_are_inverse():
 @pytest.mark.parametrize("zca", [False, True])
 def test_pixels_can_be_attacked_after_a_student_was_tested(zca):
     """What is kept from the first look, in inference mode, serves a gradient later."""
-    on = matching.setting("digits", None, device=CPU, size=8, network="mlp", zca=zca)
+    on = matching.task("digits", None, device=CPU, size=8, network="mlp", zca=zca)
     pixels = on.test.images[:2].float() / 255
     with torch.inference_mode():
         on.prepare(on.test.images[:2])
@@ -137,7 +137,7 @@ def test_pixels_can_be_attacked_after_a_student_was_tested(zca):
 
 def test_students_see_the_strategy_of_their_protocol(tmp_path, monkeypatch):
     """Without what turns one digit into another."""
-    on, seen = matching.setting("digits", None, device=CPU, size=8, network="mlp"), []
+    on, seen = matching.task("digits", None, device=CPU, size=8, network="mlp"), []
 
     def spy(*arguments, augment, **options):
         seen.append(augment and augment.operations)
@@ -154,7 +154,7 @@ def test_students_see_the_strategy_of_their_protocol(tmp_path, monkeypatch):
 
 
 def test_the_preview_has_a_row_a_class_whatever_its_size():
-    on = matching.setting("digits", None, device=CPU, size=8, network="mlp")
+    on = matching.task("digits", None, device=CPU, size=8, network="mlp")
     labels = torch.cat([torch.full((2 if k == 1 else 3,), k) for k in range(10)])
     shades = torch.stack([torch.full((1, 8, 8), (20 * k + 0.5) / 255) for k in labels.tolist()])
     picture = Image.open(io.BytesIO(matching.preview(on, {"images": on.inputs(shades), "labels": labels}))).convert("L")
@@ -163,7 +163,7 @@ def test_the_preview_has_a_row_a_class_whatever_its_size():
 
 
 def test_random_subset_wants_enough_images():
-    on = matching.setting("digits", None, device=CPU)
+    on = matching.task("digits", None, device=CPU)
     tensors = matching.random_subset(on, 3, seed=0)
     assert tensors["labels"].bincount().tolist() == [3] * 10 and len(tensors["images"].unique(dim=0)) == 30
     assert not torch.equal(tensors["images"], matching.random_subset(on, 3, seed=1)["images"])

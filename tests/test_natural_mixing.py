@@ -535,7 +535,7 @@ def spied(monkeypatch):
 def test_the_script_reads_distilled_sets(tmp_path, capsys, monkeypatch, layout):
     """Real images come into the space of the set: that of its constants, or whitened."""
     seen, pixels = spied(monkeypatch), torch.rand(20, 1, 8, 8, generator=rng(0)) * 1.2 - 0.1
-    on = matching.setting("digits", None, device=torch.device("cpu"), size=8, network="mlp", zca=True)
+    on = matching.task("digits", None, device=torch.device("cpu"), size=8, network="mlp", zca=True)
     whitening = {"zca_eps": 0.1, "size": 8, "fitted_on": on.train.fingerprint} if layout == "whitened" else None
     made = DistilledSet(pixels, torch.arange(20) % 10, tuple("0123456789"), (0.2,), (0.3,), whitening=whitening)
     file, given = tmp_path / "set.safetensors", []
@@ -587,7 +587,7 @@ def test_the_script_takes_a_protocol(tmp_path, capsys, monkeypatch):
     found = lines(capsys.readouterr().out)
     assert list(found) == ["set alone", "mixed"] and found["set alone"] != found["mixed"]
     assert len(asked) == 1 + 2 * PROTOCOLS["dc-2021"].passes  # the picture, and each pass of two students
-    on = matching.setting("digits", None, device=torch.device("cpu"), size=8, network="mlp")
+    on = matching.task("digits", None, device=torch.device("cpu"), size=8, network="mlp")
     tensors = matching.random_subset(on, 2, 0)
     alone = matching.students(tmp_path, on, tensors, "dc-2021", [0, 1]).meta["accuracies"]
     assert f"{sum(alone) / 2:.2f}" in found["set alone"]

@@ -143,7 +143,7 @@ def test_a_pool_that_is_streamed_is_named_when_it_is_planned(lab, tmp_path, monk
 
 def test_mixtures_change_with_student_and_epoch_and_stay_in_the_class(lab):
     _, chosen = setup("smoke", "table1/cifar-10/random/mixed/convnet/10/own")
-    on = matching_stages.setting_of(lab, chosen)
+    on = matching_stages.task_of(lab, chosen)
     tensors = matching.random_subset(on, 10, 0)
     see = mixing_stages.mixture(lab, chosen, on, tensors)
     assert torch.equal(see(0, 0), see(0, 0))
@@ -160,7 +160,7 @@ def test_mixtures_change_with_student_and_epoch_and_stay_in_the_class(lab):
 def test_partners_are_of_the_label_that_is_learned(lab):
     """What a teacher says of an image does not change its class; labels that were learned with it do."""
     _, chosen = setup("smoke", "table1/cifar-10/random/mixed/convnet/10/own")
-    on = matching_stages.setting_of(lab, chosen)
+    on = matching_stages.task_of(lab, chosen)
     tensors = {"images": on.prepare(on.train.images[:10]), "labels": torch.zeros(10, dtype=torch.long)}
     tensors["soft_labels"] = torch.eye(10)[torch.full((10,), 3)]
     for labels, wanted in (("kl", 0), ("hard", 0), ("soft", 3)):
@@ -217,7 +217,7 @@ def test_released_corruptions_are_compared_with_those_made_here(tmp_path, monkey
     lab, alone, made = measured()
     (generated,) = lab.entry(alone).meta[cell.metric]
     assert not measured_stages.details([lab.entry(alone).meta], cell.metric)
-    clean = matching_stages.setting_of(lab, chosen).test.images.permute(0, 2, 3, 1).numpy()
+    clean = matching_stages.task_of(lab, chosen).test.images.permute(0, 2, 3, 1).numpy()
     monkeypatch.setattr(corruptions, "COUNT", 10)
     (tmp_path / "CIFAR-10-C").mkdir()
     for name in corruptions.CORRUPTIONS:
@@ -226,7 +226,7 @@ def test_released_corruptions_are_compared_with_those_made_here(tmp_path, monkey
     lab, beside, both = measured()
     assert len(made) == 1 and [stage.settings["released"] for stage in both] == [True, False]
     assert lab.key(both[1]) == lab.key(made[0]) and lab.key(beside) != lab.key(alone)
-    on, meta = matching_stages.setting_of(lab, chosen), lab.entry(beside).meta
+    on, meta = matching_stages.task_of(lab, chosen), lab.entry(beside).meta
     (net,) = measured_stages.networks_of(lab, chosen, beside.needs[0])
     logits = measured_stages._logits(net, on, torch.float32, compile=False)
     right = measured_stages._accuracy(logits, on.test.images, on.test.labels)
@@ -267,7 +267,7 @@ def test_corrupted_images_are_seen_compiled_in_bf16_where_students_are(tmp_path,
 
 def test_a_mixture_is_checked_before_anything_runs(lab):
     _, chosen = setup("smoke", "table1/cifar-10/dm/mixed/convnet/1/own")
-    on = matching_stages.setting_of(lab, chosen)
+    on = matching_stages.task_of(lab, chosen)
     for mix, words in (
         ({"alpha": "epoch", "epochs": 3}, "mix.epochs is unknown; allowed: alpha, share, partner, pool"),
         ({"alpha": "often"}, "alpha='often' is unknown"),

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAPER = load_paper("nrr_dd")
 
 
-def setup(scale: str, name: str) -> setups.Setup:
+def setup(scale: str, name: str) -> setups.ImageSetup:
     (cell,) = (c for c in PAPER.cells_at(scale) if c.id == name)
     return setups.setup_of(PAPER.scales[scale], cell)
 

@@ -17,7 +17,7 @@ from papers.stages import Lab
 from tests.image_trees import damage, tree
 
 
-def setup(paper: str, scale: str, name: str) -> setups.Setup:
+def setup(paper: str, scale: str, name: str) -> setups.ImageSetup:
     loaded = load_paper(paper)
     (cell,) = (c for c in loaded.cells_at(scale) if c.id == name)
     return setups.setup_of(loaded.scales[scale], cell)

@@ -19,9 +19,9 @@ from common.scaling import GRIDS
 from methods import coresets
 from papers import drawing
 from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman, very_poor
-from papers.matching_stages import setting_of, teacher_logits
+from papers.matching_stages import task_of, teacher_logits
 from papers.measured_stages import GRID, OBJECTIVES, TRAJECTORY
-from papers.setups import Setup
+from papers.setups import ImageSetup
 
 if TYPE_CHECKING:
     from papers.runner import Run
@@ -370,10 +370,10 @@ def figure3(run: Run) -> Figure | None:
 def figure_scores(run: Run, most: int = 5000) -> Figure | None:
     """EL2N against EL2N-SL of `most` training images, evenly spaced: distributions, and how the two rank."""
     cells = [p for p in run.planned if p.cell.algorithm == "coreset" and p.stages and not p.cell.teacher]
-    cells = [p for p in cells if not isinstance(p.setup, Setup)]  # a bank of a stream has no errors of each class
+    cells = [p for p in cells if not isinstance(p.setup, ImageSetup)]  # a bank of a stream has no errors of each class
     cells.sort(key=lambda p: coresets.METHODS[p.setup.distill["method"]] != "early")  # EL2N's own run, if there
     for planned in cells:
-        bank, on = drawing.entry(run, planned, "bank"), setting_of(run.lab, planned.setup)
+        bank, on = drawing.entry(run, planned, "bank"), task_of(run.lab, planned.setup)
         teacher = run.lab.teacher(planned.setup.taught_by(on)) if planned.setup.teacher_network else None
         if bank is not None and teacher is not None and run.lab.store.get(teacher.name, run.lab.key(teacher)):
             break
@@ -409,13 +409,13 @@ def figure_sets(run: Run, classes: int = 10) -> Figure | None:
     found = [(p, made) for p in cells if (made := drawing.entry(run, p, "distill")) is not None]
     if not found:
         return None
-    first = setting_of(run.lab, found[0][0].setup)
+    first = task_of(run.lab, found[0][0].setup)
     shown = torch.linspace(0, len(first.train.classes) - 1, min(classes, len(first.train.classes))).long()
     figure, axes = drawing.axes_of(0.75 * len(shown) + 1.6, 0.8 * len(found) + 0.3, len(found), len(shown))
     for row, (planned, made) in enumerate(found):
         tensors = made.tensors()
         images = tested_images(tensors)[[int((tensors["labels"] == k).nonzero()[0]) for k in shown]]
-        for column, image in enumerate(setting_of(run.lab, planned.setup).pixels(images)):
+        for column, image in enumerate(task_of(run.lab, planned.setup).pixels(images)):
             drawing.show_image(axes[row, column], image.expand(3, -1, -1))
         name = drawing.SHOWN.get(planned.cell.method, planned.cell.method)
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)

@@ -12,7 +12,7 @@ from torch import Tensor
 from common import distilled
 from common.matching import random_subset, tested_images
 from papers import drawing
-from papers.matching_stages import setting_of
+from papers.matching_stages import task_of
 from papers.report import RANDOM
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def figure_images(run: Run, classes: int = 10) -> Figure | None:
             break
     else:
         return None
-    first = setting_of(run.lab, found[0][0].setup)
+    first = task_of(run.lab, found[0][0].setup)
     shown = torch.linspace(0, len(first.train.classes) - 1, min(classes, len(first.train.classes))).long()
     figure, axes = drawing.axes_of(0.75 * len(shown) + 1, 0.8 * len(found) + 0.3, len(found), len(shown))
     for row, (planned, pixels) in enumerate(found):
@@ -62,9 +62,9 @@ def _pixels(run: Run, planned: Planned) -> Tensor | None:
             return kept.images
     made = drawing.entry(run, planned, "distill")
     if made is not None:
-        return setting_of(run.lab, planned.setup).pixels(tested_images(made.tensors()))
+        return task_of(run.lab, planned.setup).pixels(tested_images(made.tensors()))
     if planned.cell.method == RANDOM and planned.stages:  # drawn again, of the images that are there
-        on = setting_of(run.lab, planned.setup)
+        on = task_of(run.lab, planned.setup)
         return on.pixels(random_subset(on, planned.cell.ipc, result.get("seeds", (0,))[0])["images"])
     return None
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from common.matching import tested_images
 from papers import drawing, report
 from papers.cells import ROOT
-from papers.matching_stages import setting_of
+from papers.matching_stages import task_of
 from papers.mixing_stages import mixture
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def figure_mixtures(run: Run, classes: int = 10, epochs: int = 3) -> Figure | No
     if not cells:
         return None
     planned = max(cells, key=lambda p: (p.cell.method == "DM", -p.cell.ipc))
-    on, tensors = setting_of(run.lab, planned.setup), drawing.entry(run, planned, "distill").tensors()
+    on, tensors = task_of(run.lab, planned.setup), drawing.entry(run, planned, "distill").tensors()
     see = mixture(run.lab, planned.setup, on, tensors)
     rows = [tested_images(tensors).to(on.device), *(see(0, epoch) for epoch in range(epochs))]
     shown = torch.arange(min(classes, len(on.train.classes))) * planned.cell.ipc
