@@ -1,7 +1,6 @@
 """The figures of WMDD and its notebook: geometry of the toy, what is drawn, what the notebook checks."""
 
 import dataclasses
-import json
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +15,7 @@ from papers.cells import ROOT, load_paper
 from papers.show import Shown
 from papers.stages import Lab
 from papers.wmdd import figures, toy
-
-NOTEBOOKS = ROOT.parent / "notebooks"
-
+from tests.notebook_cells import code_cells, load_notebook, tagged
 
 # Figure 2
 
@@ -239,38 +236,12 @@ def test_figure5b_has_a_column_a_weight_and_a_row_a_class(smoke):
 
 @pytest.fixture
 def notebook():
-    return json.loads((NOTEBOOKS / "wmdd.ipynb").read_text(encoding="utf-8"))
+    return load_notebook("wmdd")
 
 
-def cell(notebook, tag):
-    (found,) = [c for c in notebook["cells"] if tag in c["metadata"].get("tags", ())]
-    return "".join(found["source"])
-
-
-def test_notebook_is_stored_without_outputs(notebook):
-    for found in notebook["cells"]:
-        assert found["cell_type"] == "markdown" or (found["outputs"] == [] and found["execution_count"] is None)
-    assert "papermill" not in notebook["metadata"]
-
-
-def test_notebook_parameters_are_those_of_the_runner_as_text(notebook):
-    declared: dict = {}
-    exec(cell(notebook, "parameters"), declared)
-    declared.pop("__builtins__")
-    fields = {f.name: f for f in dataclasses.fields(runner.Args) if f.name not in ("paper", "dry_run")}
-    assert list(declared) == list(fields)
-    for name, value in declared.items():
-        default = fields[name].default
-        assert value == (",".join(map(str, default)) if isinstance(default, tuple) else default)
-
-
-def test_notebook_shows_every_table_and_figure(notebook):
-    code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
-    paper = load_paper("wmdd")
-    for name in paper.tables:
-        assert f'table("{name}")' in code and f'table("{name}_extras")' in code
-    for name in paper.figures:
-        assert f'figure("{name}")' in code
+def test_notebook_shows_what_stands_beside_each_table(notebook):
+    code = "\n".join(code_cells(notebook))
+    assert not [name for name in load_paper("wmdd").tables if f'table("{name}_extras")' not in code]
 
 
 @pytest.fixture
@@ -284,7 +255,7 @@ def checks(notebook, smoke):
             result["mean"], result["std"] = sum(result["values"]) / 2, 0.7
         teachers = {("ImageNette", "digits, 32 px"): smoke.results[next(iter(smoke.results))]["teacher_accuracy"]}
         names = {"finished": smoke, "teachers": teachers, "accuracies": Shown(smoke).accuracies, "pairwise": pairwise}
-        exec(cell(notebook, "checks"), names)
+        exec(tagged(notebook, "checks"), names)
 
     return run
 

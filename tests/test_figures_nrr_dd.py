@@ -1,7 +1,6 @@
 """The figures of NRR-DD and its notebook on made-up results: what is drawn, what the notebook computes and checks."""
 
 import dataclasses
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +15,8 @@ from papers.cells import ROOT, load_paper
 from papers.nrr_dd import figures
 from papers.report import RANDOM
 from papers.stages import Lab
+from tests.notebook_cells import code_cells, load_notebook, tagged
 
-NOTEBOOK = ROOT.parent / "notebooks" / "nrr_dd.ipynb"
 SKIP = "table1/cifar-100,table1/tiny-imagenet,table1/imagenet-1k,table2/imagenet-1k,table3,table4/imagenet-1k"
 
 
@@ -303,39 +302,13 @@ def test_recomputed_labels_are_not_marked_as_stored(smoke):
 
 @pytest.fixture
 def notebook():
-    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    return load_notebook("nrr_dd")
 
 
-def cell(notebook, tag):
-    (found,) = [c for c in notebook["cells"] if tag in c["metadata"].get("tags", ())]
-    return "".join(found["source"])
-
-
-def test_notebook_is_stored_without_outputs(notebook):
-    for found in notebook["cells"]:
-        assert found["cell_type"] == "markdown" or (found["outputs"] == [] and found["execution_count"] is None)
-    assert "papermill" not in notebook["metadata"]
-
-
-def test_notebook_parameters_are_those_of_the_runner_as_text(notebook):
-    declared: dict = {}
-    exec(cell(notebook, "parameters"), declared)
-    declared.pop("__builtins__")
-    fields = {f.name: f for f in dataclasses.fields(runner.Args) if f.name not in ("paper", "dry_run")}
-    assert list(declared) == list(fields)
-    for name, value in declared.items():
-        default = fields[name].default
-        assert value == (",".join(map(str, default)) if isinstance(default, tuple) else default)
-
-
-def test_notebook_shows_every_table_and_figure(notebook):
-    code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
-    paper = load_paper("nrr_dd")
-    for name, layout in paper.tables.items():
-        assert f'table("{name}")' in code
+def test_notebook_shows_what_stands_beside_each_table_of_one_regime(notebook):
+    code = "\n".join(code_cells(notebook))
+    for name, layout in load_paper("nrr_dd").tables.items():
         assert (f'table("{name}_extras")' in code) == ("label_regime" not in layout)  # those have no extras
-    for name in paper.figures:
-        assert f'figure("{name}")' in code
 
 
 @pytest.fixture
@@ -349,8 +322,8 @@ def names(notebook, smoke):
 
 
 def run_checks(notebook, names):
-    exec(cell(notebook, "teachers"), names)
-    exec(cell(notebook, "checks"), names)
+    exec(tagged(notebook, "teachers"), names)
+    exec(tagged(notebook, "checks"), names)
 
 
 def test_notebook_checks_pass_on_plausible_results(notebook, names, smoke, capsys):
@@ -397,11 +370,11 @@ def test_notebook_fails_when_a_cell_failed(notebook, names, smoke):
 
 
 def test_recover_is_the_share_of_the_gap_between_one_hot_and_soft_labels(notebook, names, smoke):
-    exec(cell(notebook, "recover"), names)
+    exec(tagged(notebook, "recover"), names)
     assert "No set" in names["said"].pop()
     fill(smoke, "table2")
     next(r for r in smoke.results.values() if r["setting"] == "DBR" and r["ipc"] == 50)["mean"] = math.pi
-    exec(cell(notebook, "recover"), names)
+    exec(tagged(notebook, "recover"), names)
     rows = names["said"].pop().splitlines()[2:]
     assert len(rows) == 6  # ImageNette, two networks, three IPC
     assert rows[0].startswith("| ImageNette | ConvNet | 1 |")
@@ -409,7 +382,7 @@ def test_recover_is_the_share_of_the_gap_between_one_hot_and_soft_labels(noteboo
     for result in smoke.results.values():
         if result["setting"] == "OH":
             result["mean"] += 21
-    exec(cell(notebook, "recover"), names)
+    exec(tagged(notebook, "recover"), names)
     assert all(row.endswith("| - |") for row in names["said"].pop().splitlines()[2:])  # 4 points: too small a gap
 
 
@@ -417,7 +390,7 @@ def test_order_of_methods_is_shown_as_it_came_out(notebook, names, smoke):
     fill(smoke, "table1", "table2")
     smoke.results["table1/imagenette/rded/convnet/50/soft"]["mean"] = 99.0
     smoke.results["table2/imagenette/nrr-dd/dbr+lr/convnet/1/boundary"]["mean"] = 99.0
-    exec(cell(notebook, "order"), names)
+    exec(tagged(notebook, "order"), names)
     rows = {tuple(row.split(" | ")[0:2]): row.split(" | ")[2:] for row in names["said"].pop().splitlines()[2:]}
     assert rows["| ImageNette", "ConvNet"] == [
         "holds at 1, 10; not at 50", "holds at 1, 10, 50", "holds at 10, 50; not at 1 |",

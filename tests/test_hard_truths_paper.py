@@ -1,6 +1,5 @@
 """The paper on hard truths as a user meets it: settings of its cells, label regimes, and a part of the smoke run."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from papers import drawing, matching_stages, planning, report, runner, setups, s
 from papers.cells import ROOT, load_paper
 from papers.hard_truths import figures
 from papers.stages import Lab
+from tests.notebook_cells import code_cells, load_notebook
 
 PAPER = load_paper("hard_truths")
 ONLY = "regimes/random/10,regimes/cad-prune/10,regimes/ca2d/hl/10,selectors/margin/10,figure4/random/convnet"
@@ -448,15 +448,12 @@ def test_sets_of_unequal_classes_are_drawn_by_their_labels(monkeypatch):
 
 def notebook_cell(text: str) -> str:
     """The source of the code cell that has some text."""
-    cells = json.loads((ROOT.parent / "notebooks" / "hard_truths.ipynb").read_text(encoding="utf-8"))["cells"]
-    (source,) = (s for c in cells if c["cell_type"] == "code" and text in (s := "".join(c["source"])))
+    (source,) = (source for source in code_cells(load_notebook("hard_truths")) if text in source)
     return source
 
 
-def test_the_notebook_shows_every_table_and_what_has_none():
-    cells = json.loads((ROOT.parent / "notebooks" / "hard_truths.ipynb").read_text(encoding="utf-8"))["cells"]
-    shown = "".join(line for c in cells if c["cell_type"] == "code" for line in c["source"])
-    assert not [name for name in (*PAPER.tables, "not_run") if f'"{name}"' not in shown]
+def test_the_notebook_shows_what_no_cell_has():
+    assert 'table("not_run")' in notebook_cell("not_run")
 
 
 @pytest.mark.parametrize(("scale", "words"), [("small", "| MTT  "), ("paper", "not made at this scale")])
