@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from common import cli
@@ -46,11 +47,16 @@ def page(tables: Path) -> str:
     pages = (f"[{name}](../papers/{name}/quirks.md)" for name in sorted(papers()))
     note += f" of {', '.join(pages)}, and the notebooks under `tables/<paper>/small/`."
     real = {
-        "WMDD": wmdd(tables), "Matching": matching(tables, "paper") or matching(tables, "small"),
-        "NRR-DD": nrr_dd(tables), "Mixing with real images": mixing(tables),
+        "WMDD": wmdd(tables), "Matching": both(matching, tables), "NRR-DD": both(nrr_dd, tables),
+        "Mixing with real images": mixing(tables),
         "All sets under equal recipes": leaderboard(tables),
     }  # fmt: skip
     return "\n\n".join([f"{head} {note}", *(f"## {title}\n\n{table}" for title, table in real.items() if table)]) + "\n"
+
+
+def both(shown: Callable[[Path, str], str], tables: Path) -> str:
+    """What was run at published settings, then at reduced ones."""
+    return "\n\n".join(filter(None, (shown(tables, scale) for scale in ("paper", "small"))))
 
 
 def status(tables: Path) -> str:
@@ -176,14 +182,14 @@ def leaderboard(tables: Path) -> str:
     return "\n".join(lines)
 
 
-def nrr_dd(tables: Path) -> str:
-    """Table 1 of NRR-DD on CIFAR-10 with the ConvNet at scale small; empty before the first result."""
-    cells = [c for c in load_cells(tables / "nrr_dd" / "small" / "cells") if c["table"] in ("table1", "table2")]
+def nrr_dd(tables: Path, scale: str) -> str:
+    """Table 1 of NRR-DD on CIFAR-10 with the ConvNet at a scale; empty before the first result."""
+    cells = [c for c in load_cells(tables / "nrr_dd" / scale / "cells") if c["table"] in ("table1", "table2")]
     cells = [c for c in cells if (c["dataset"], c["arch"]) == ("CIFAR-10", "ConvNet")]
     if not cells:
         return ""
-    what = f"ConvNet, students on three kinds of label{taught_by(cells)}"
-    head = f"`paper=nrr_dd scale=small`, {made_on(cells)}, {what}:"
+    what = f"ConvNet{taught_by(cells)}"
+    head = f"`paper=nrr_dd scale={scale}`, {made_on(cells)}, {what}:"
     methods = (RANDOM, "SRe2L", "WMDD", "RDED", "NRR-DD")
     table = by_label(cells, methods, printed_in_table1("nrr_dd", "CIFAR-10", "ConvNet"))
     return "\n".join([head, "", *table])
