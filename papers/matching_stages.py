@@ -190,10 +190,12 @@ def task_of(lab: Lab, setup: MatchingSetup) -> matching.Task:
 
 
 def _config(lab: Lab, setup: MatchingSetup, algorithm: str):
-    chosen = {"precision": "mixed" if lab.precision == "bf16" else "fp32", **setup.distill}
-    if lab.device.type == "cpu" and not compiler():
-        chosen["compile"] = False
-    return ALGORITHMS[algorithm].Config(**chosen)
+    """The settings of a distillation; a long one is compiled where the students of such a set are."""
+    method = ALGORITHMS[algorithm]
+    config = method.Config(**{"precision": "mixed" if lab.precision == "bf16" else "fp32", **setup.distill})
+    if "compile" not in setup.distill:
+        return replace(config, compile=lab.arithmetic(_cost(config, method, task_of(lab, setup)))["compile"])
+    return config if lab.device.type != "cpu" or compiler() else replace(config, compile=False)
 
 
 def images(lab: Lab, setup: MatchingSetup, algorithm: str, seed: int) -> Stage:
