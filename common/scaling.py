@@ -33,6 +33,7 @@ __all__ = [
 GRIDS = {  # b without 0, where the law is constant, and tau in passes
     "paper": (np.linspace(-1, 0, 200)[:-1], np.linspace(1, 10, 20)),
     "fine": (np.linspace(-1, 0, 400)[:-1], np.linspace(1, 50, 100)),
+    "wide": (np.linspace(-1, 0, 400)[:-1], np.geomspace(1, 1000, 200)),
 }
 
 

@@ -177,8 +177,10 @@ def test_one_number_of_epochs_is_no_curve():
 
 def test_a_law_whose_tau_is_at_the_end_of_its_grid_is_said_to_fail(monkeypatch):
     def law(tau):
-        tensors = {"epochs": torch.tensor([1, 2]), "errors": torch.tensor([0.9, 0.5]), "law": torch.tensor([1.1, 0.5])}
-        return SimpleNamespace(tensors=lambda: tensors, meta={"b": [-0.5], "tau": [tau]})
+        epochs = torch.arange(1, 7)
+        tensors = {"epochs": epochs, "errors": 0.9 * epochs.double() ** -0.3, "law": 1.1 * epochs.double() ** -0.4}
+        meta = {"b": [-0.5], "tau": [tau], "settings": {"images": 100}}
+        return SimpleNamespace(tensors=lambda: tensors, meta=meta)
 
     run = results("hard_truths", "smoke")
     run.lab = SimpleNamespace(run_on=lambda setup: setup.run_on)
@@ -190,6 +192,8 @@ def test_a_law_whose_tau_is_at_the_end_of_its_grid_is_said_to_fail(monkeypatch):
     assert figure.axes[0].get_ylim()[1] == 100
     assert "fails for DM, IPC 10 under SL: tau lies at the end" in captions(figure)
     assert "above 100 %" in captions(figure)
+    dashed = [sum(line.get_linestyle() == "--" for line in ax.lines) for ax in figure.axes]
+    assert dashed == [0, 1] and "dashed: the same law with a larger tau" in captions(figure)
 
 
 def test_hexagons_of_the_scores_have_a_key(monkeypatch):

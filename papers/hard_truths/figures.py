@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from common.augment import rng
 from common.matching import tested_images
-from common.scaling import GRIDS
+from common.scaling import GRIDS, fit_scaling_law
 from methods import coresets
 from papers import drawing
 from papers.hard_truths.analyses import DCS, dcs, el2n_sl, spearman, very_poor
@@ -254,12 +254,18 @@ def figure_scaling(run: Run) -> Figure | None:
             tensors, meta = made.tensors(), made.meta
             name = f"{drawing.SHOWN.get(planned.cell.method, planned.cell.method)}, IPC {planned.cell.ipc}"
             tau = meta["tau"][0]
-            if min(abs(ends - tau)) < 1e-6:
+            at_end = min(abs(ends - tau)) < 1e-6
+            if at_end:
                 failed.append(f"{name} under {regime}")
             above |= bool((tensors["law"] > 1).any())
             label = f"{name}: b {meta['b'][0]:.2f}, tau {tau:.1f}"
             ax.plot(tensors["epochs"], 100 * tensors["errors"], "o", color=f"C{color}", markersize=3)
             ax.plot(tensors["epochs"], 100 * tensors["law"], color=f"C{color}", label=label)
+            if at_end:
+                n, curve = meta["settings"]["images"], [tensors[k].tolist() for k in ("errors", "epochs")]
+                wide = fit_scaling_law(n, *curve, "wide")
+                label = f"tau up to {GRIDS['wide'][1][-1]:,.0f}: b {wide.b:.2f}, tau {wide.tau:.0f}"
+                ax.plot(tensors["epochs"], 100 * wide.curve, "--", color=f"C{color}", label=label)
         ax.set(xscale="log", xlabel="passes over the set (log scale)", title=regime)
         ax.legend(frameon=False, fontsize=7)
     axes[0, 0].set_ylabel("top-1 error (%)")
@@ -273,7 +279,7 @@ def figure_scaling(run: Run) -> Figure | None:
         which = "every line" if len(failed) == len(found) else drawing.listed(failed)
         text += (
             f" The fit fails for {which}: tau lies at the end of the grid that is searched, {ends[0]:g} to"
-            f" {ends[1]:g} passes, so neither it nor b can be read."
+            f" {ends[1]:g} passes, so neither it nor b can be read; dashed: the same law with a larger tau."
         )
     if above:
         text += " A fitted error above 100 %, which no student can have, is cut off."
