@@ -13,8 +13,8 @@ SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## What came o
 SUBSETS = ("random", "k-centers-k-means", "k-centers-farthest-points", "el2n-hardest", "el2n-easiest", "cad-prune")
 
 
-def ours(paper: str, cell: str) -> float:
-    file = ROOT / "tables" / paper / "small" / "cells" / f"{cell.replace('/', '_')}.json"
+def ours(paper: str, cell: str, scale: str = "small") -> float:
+    file = ROOT / "tables" / paper / scale / "cells" / f"{cell.replace('/', '_')}.json"
     return json.loads(file.read_text(encoding="utf-8"))["mean"]
 
 
@@ -32,6 +32,10 @@ def wmdd(method: str, ipc: int) -> float:
 
 def rded(method: str, ipc: int) -> float:
     return ours("nrr_dd", f"table1/imagenette/{method}/resnet-18/{ipc}/soft")
+
+
+def as_published(method: str, ipc: int) -> float:
+    return ours("nrr_dd", f"table1/cifar-10/{method}/convnet/{ipc}/soft", "paper")
 
 
 def long(name: str) -> float:
@@ -68,6 +72,19 @@ def spread(labels: str, ipc: int) -> float:
 
 SETS = ("dm", "dsa", "dc")
 SAID = {  # words with a number in each (), and where the numbers come from
+    r"DSA has (\S+) at IPC 1 \(print: (\S+)\)": [
+        lambda: ours("matching", "table1/cifar-10/dsa/convnet/1/own", "paper"),
+        lambda: printed("matching", "DSA", 1, dataset="CIFAR-10"),
+    ],
+    r"RDED has (\S+) and (\S+) at IPC 1 and 10": [lambda i=i: as_published("rded", i) for i in (1, 10)],
+    r"NRR-DD (\S+) and (\S+) \(": [lambda i=i: as_published("nrr-dd", i) for i in (1, 10)],
+    r"random images (\S+) and (\S+) by its recipe": [lambda i=i: as_published("random", i) for i in (1, 10)],
+    **{
+        rf"{name} \S+ and \S+ (?:at IPC 1 and 10 )?\(print: (\S+), (\S+)\)": [
+            lambda name=name, i=i: printed("nrr_dd", name.split()[0], i, dataset="CIFAR-10", arch="ConvNet") for i in (1, 10)
+        ]
+        for name in ("RDED has", "NRR-DD")
+    },
     r"WMDD is (\S+) points over random images, RDED (\S+) and SRe2L (\S+)": [
         lambda m=m: wmdd(m, 1) for m in ("wmdd", "rded", "sre2l")
     ],
