@@ -81,7 +81,7 @@ SAID = {  # words with a number in each (), and where the numbers come from
     r"random images (\S+) and (\S+) by its recipe": [lambda i=i: as_published("random", i) for i in (1, 10)],
     **{
         rf"{name} \S+ and \S+ (?:at IPC 1 and 10 )?\(print: (\S+), (\S+)\)": [
-            lambda name=name, i=i: printed("nrr_dd", name.split()[0], i, dataset="CIFAR-10", arch="ConvNet") for i in (1, 10)
+            lambda m=name.split()[0], i=i: printed("nrr_dd", m, i, dataset="CIFAR-10", arch="ConvNet") for i in (1, 10)
         ]
         for name in ("RDED has", "NRR-DD")
     },
