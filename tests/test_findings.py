@@ -38,6 +38,10 @@ def as_published(method: str, ipc: int) -> float:
     return ours("nrr_dd", f"table1/cifar-10/{method}/convnet/{ipc}/soft", "paper")
 
 
+def as_printed(method: str, ipc: int) -> float:
+    return printed("nrr_dd", method, ipc, dataset="CIFAR-10", arch="ConvNet")
+
+
 def long(name: str) -> float:
     return ours("nrr_dd", f"table4/cifar-10/{name}/four-an-image-3-000-epochs/convnet/1/soft")
 
@@ -79,12 +83,8 @@ SAID = {  # words with a number in each (), and where the numbers come from
     r"RDED has (\S+) and (\S+) at IPC 1 and 10": [lambda i=i: as_published("rded", i) for i in (1, 10)],
     r"NRR-DD (\S+) and (\S+) \(": [lambda i=i: as_published("nrr-dd", i) for i in (1, 10)],
     r"random images (\S+) and (\S+) by its recipe": [lambda i=i: as_published("random", i) for i in (1, 10)],
-    **{
-        rf"{name} \S+ and \S+ (?:at IPC 1 and 10 )?\(print: (\S+), (\S+)\)": [
-            lambda m=name.split()[0], i=i: printed("nrr_dd", m, i, dataset="CIFAR-10", arch="ConvNet") for i in (1, 10)
-        ]
-        for name in ("RDED has", "NRR-DD")
-    },
+    r"at IPC 1 and 10 \(print: (\S+), (\S+)\)": [lambda i=i: as_printed("RDED", i) for i in (1, 10)],
+    r"NRR-DD \S+ and \S+ \(print: (\S+), (\S+)\)": [lambda i=i: as_printed("NRR-DD", i) for i in (1, 10)],
     r"WMDD is (\S+) points over random images, RDED (\S+) and SRe2L (\S+)": [
         lambda m=m: wmdd(m, 1) for m in ("wmdd", "rded", "sre2l")
     ],
