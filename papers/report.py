@@ -156,7 +156,7 @@ def table_rows(
 
 def _status(row: Row, comparable: bool, reported_runs: int) -> str:
     """reproduced: the means differ by at most two standard errors of their difference and `TOLERANCE_POINTS`."""
-    if not comparable or row["reported"] is None or row["metric"] != "accuracy":
+    if not comparable or row["reported"] is None or row["metric"] not in ("accuracy", "gain"):
         return "not comparable"
     ours, theirs = (row["ours_std"] or 0) ** 2 / row["seeds"], (row["reported_std"] or 0) ** 2 / reported_runs
     allowed = 2 * math.sqrt(ours + theirs) + TOLERANCE_POINTS
