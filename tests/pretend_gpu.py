@@ -58,8 +58,9 @@ def compute(func, args: tuple, kwargs: dict):
     """An operation on the CPU's numbers, its result where a GPU would have it.  RuntimeError where a GPU has one."""
     given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     there, here = [t for t in given if isinstance(t, OnGPU)], [t for t in given if not isinstance(t, OnGPU)]
-    if any(t.is_meta for t in here):
-        raise NotImplementedError(f"{func}: made on the pretended GPU by a way that it does not see")
+    if any(t.is_meta for t in here):  # of a plan, whose networks have no numbers
+        args, kwargs = tree_map(lambda t: t.host.to("meta") if isinstance(t, OnGPU) else t, (args, kwargs))
+        return func(*args, **kwargs)
     device = kwargs.get("device")
     goal = "meta" if there else "cpu"
     if device is not None:

@@ -711,7 +711,7 @@ def test_the_scoring_run_sees_what_students_of_its_data_set_see(dataset, kind, n
         _[1](tmp_path)
 
     monkeypatch.setattr(cad, "distill", distill)
-    monkeypatch.setattr(script_selection.matching, "setting", lambda *_, **__: on)
+    monkeypatch.setattr(script_selection.matching, "task", lambda *_, **__: on)
     monkeypatch.setattr(script_selection.Store, "make", lambda self, *given: make(*given))
     arguments = [f"dataset={dataset}", "ipc=2", "device=cpu", "lr=0.01", "batch=64", "window=2", "whole_epochs=1",
                  "schedule=step", "student_epochs=300", f"store={tmp_path}"]  # fmt: skip
