@@ -265,6 +265,23 @@ def test_corrupted_images_are_seen_compiled_in_bf16_where_students_are(tmp_path,
     assert again.settings == ({"precision": "bf16"} if compiler() else {})
 
 
+def test_a_long_distillation_is_compiled_where_its_students_are(lab, monkeypatch):
+    """Unless the settings say otherwise."""
+    _, short = setup("smoke", "table1/cifar-10/dm/mixed/convnet/1/own")
+
+    def compiled(**own) -> bool:
+        return matching_stages._config(lab, replace(short, distill={**short.distill, **own}), "dm").compile
+
+    monkeypatch.setattr(Lab, "arithmetic", lambda self, flops: {"compile": flops > 1e12})
+    long = {"iterations": 100_000}
+    assert [compiled(), compiled(**long), compiled(**long, compile=False)] == [False, True, False]
+
+
+def test_published_settings_read_the_sets_that_are_committed_at_small():
+    for name, scale in (("natural_mixing", "paper"), ("matching", "paper")):
+        assert load_paper(name).scales[scale]["sets_in"] == "matching/small"
+
+
 def test_a_mixture_is_checked_before_anything_runs(lab):
     _, chosen = setup("smoke", "table1/cifar-10/dm/mixed/convnet/1/own")
     on = matching_stages.task_of(lab, chosen)
