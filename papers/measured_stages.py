@@ -30,7 +30,7 @@ from common.views import normalise
 from methods import mtt
 from papers import matching_stages
 from papers.cells import Cell
-from papers.objectives import bn_gaps, bn_loss, dm_loss, tm_loss
+from papers.objectives import bn_gaps, bn_loss, dm_loss, dwa_loss, tm_loss
 
 if TYPE_CHECKING:
     from papers.matching_stages import MatchingSetup
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["details", "measured"]
 
 ATTACK = re.compile(r"(fgsm|pgd)-(\d+) accuracy")  # e.g. "pgd-8 accuracy": eps is 8/255
-OBJECTIVES = ("BN loss", "DM loss")  # how far images are from the training set, without any student
+STATISTICS = {"BN loss": bn_loss, "DWA loss": dwa_loss}  # of a teacher's BatchNorm layers
+OBJECTIVES = (*STATISTICS, "DM loss")  # how far images are from the training set, without any student
 TRAJECTORY = "TM loss"  # the same of MTT
 LAW = ("b", "tau")  # of the scaling law
 GRID = "paper"  # where they are looked for
@@ -254,10 +255,10 @@ def _attacked(lab: Lab, setup: MatchingSetup, trained: Stage, metric: str) -> St
 
 
 def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
-    """What SRe2L (BN loss) or DM would say of a set: their loss at its images."""
+    """What SRe2L (BN loss), DWA or DM would say of a set: their loss at its images."""
     on, train = matching_stages.task_of(lab, setup), lab.data(setup.dataset, "train")
     made = matching_stages.images(lab, setup, cell.algorithm, 0)
-    teacher = (lab.teacher(setup.taught_by(on)),) if cell.metric == "BN loss" else ()
+    teacher = (lab.teacher(setup.taught_by(on)),) if cell.metric in STATISTICS else ()
     per_class = setup.measure.get("per_class", 500)
 
     def build(work: Path) -> Product:
@@ -265,7 +266,7 @@ def _objective(lab: Lab, cell: Cell, setup: MatchingSetup) -> Stage:
         images, labels = matching.tested_images(tensors), tensors["labels"]
         if teacher:
             view = lambda x: normalise(on.pixels(x) * 255, train.mean, train.std)  # noqa: E731
-            value = bn_loss(bn_gaps(lab.restored(teacher[0]), images, prepare=view))
+            value = STATISTICS[cell.metric](bn_gaps(lab.restored(teacher[0]), images, prepare=view))
         else:
             see = lambda x: on.prepare(x) if x.dtype == torch.uint8 else x  # noqa: E731 (real images, or the set)
             real, few = (on.train.images, on.train.labels), int(on.train.labels.bincount().min())

@@ -2,17 +2,16 @@
 
 Rethinking Dataset Distillation: Hard Truths about Soft Labels (arXiv 2604.18811), supplement, Section 7:
 
-Eqs 1, 2  gaps to the BatchNorm statistics of a teacher: SRe2L, DWA (`bn_gaps` with `bn_loss` and `dwa_loss`)
+Eqs 1, 2  gaps to the BatchNorm statistics of a teacher: SRe2L (`bn_loss`) and DWA (`dwa_loss`)
 Eq. 4     end points of student and expert after some steps, by start epoch: trajectory matching (`tm_loss`)
 Eq. 5     means of the features of random networks: DM (`dm_loss`)
 
-The batch of Eq. 1 is not given: exact statistics of the whole subset here, or batches of mixed classes, as SRe2L has
-them.  Eq. 2 with `LAMBDA_VAR`, and batches, are in no table: for experiments of your own.
+The batch of Eqs 1 and 2 is not given: exact statistics of the whole subset here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,24 +22,14 @@ from common.augment import rng
 from methods import dm, mtt, sre2l
 
 __all__ = [
-    "LAMBDA_VAR", "TM_STARTS", "BNGaps", "bn_gaps", "bn_loss", "dm_loss", "dwa_loss", "place_in_class",
-    "tm_loss",
+    "LAMBDA_VAR", "TM_STARTS", "BNGaps", "bn_gaps", "bn_loss", "dm_loss", "dwa_loss", "tm_loss",
 ]  # fmt: skip
-
-
-def place_in_class(labels: Tensor) -> Tensor:
-    """How many images of the same class stand before each one: int64 [M]."""
-    place = torch.empty_like(labels)
-    for k in labels.unique():
-        own = (labels == k).nonzero().flatten()
-        place[own] = torch.arange(len(own), device=labels.device)
-    return place
 
 
 # ---------------------------------------------------------------- BatchNorm statistics: SRe2L and DWA
 
 
-LAMBDA_VAR = {"imagenet-1k": 2.0, "cifar100": 11.0, "tiny-imagenet": 11.0}  # DWA, its scripts; lambda_var in Eq. 2
+LAMBDA_VAR = 11.0  # lambda_var of Eq. 2 in DWA's scripts for CIFAR-100 and Tiny-ImageNet; ImageNet-1K has 2 there
 
 
 class BNGaps(NamedTuple):
@@ -55,7 +44,7 @@ def bn_loss(gaps: BNGaps) -> float:
     return float(gaps.mean.sum() + gaps.variance.sum())
 
 
-def dwa_loss(gaps: BNGaps, lambda_var: float) -> float:
+def dwa_loss(gaps: BNGaps, lambda_var: float = LAMBDA_VAR) -> float:
     """Eq. 2, DWA: gaps of the means plus lambda_var times those of the variances.
 
     As in its code the first layer counts ten times and the whole is multiplied by 0.01.
@@ -66,32 +55,17 @@ def dwa_loss(gaps: BNGaps, lambda_var: float) -> float:
 
 @torch.no_grad()
 def bn_gaps(
-    teacher: nn.Module, images: Tensor, labels: Tensor | None = None, *, batch: int = 0, chunk: int = 256,
-    prepare: Callable[[Tensor], Tensor] | None = None,
-) -> BNGaps:  # fmt: skip
+    teacher: nn.Module, images: Tensor, *, chunk: int = 256, prepare: Callable[[Tensor], Tensor] | None = None
+) -> BNGaps:
     """Gaps between the statistics of a subset, images [M, C, H, W], and those that the teacher (in eval mode) holds.
 
-    batch=0: exact statistics of the whole subset, `chunk` images a pass.  Otherwise the mean over batches of that many
-    images, weighted by their size; image after image of every class in turn, so each holds all classes or as many as
-    it can.  prepare: images, moved to the teacher's device -> network input.
+    The statistics are those of the whole subset, `chunk` images a pass.  prepare: images, moved to the teacher's
+    device -> network input.
     """
     if any(module.training for module in teacher.modules()):
         raise ValueError("the teacher is in training mode, its running statistics would change; call teacher.eval()")
     if not len(images):
         raise ValueError("the subset has no images; needs at least one")
-    if not batch:
-        return _gaps_of(teacher, images.split(chunk), prepare)
-    if labels is None:
-        raise ValueError(f"batch={batch} mixes classes and needs labels; batch=0 does without")
-    turn = (place_in_class(labels) * (int(labels.max()) + 1) + labels).argsort()
-    batches = [rows.to(images.device) for rows in turn.split(batch)]
-    each = [_gaps_of(teacher, [images[rows]], prepare) for rows in batches]
-    weights = torch.tensor([len(rows) / len(images) for rows in batches], dtype=torch.float64)
-    return BNGaps(*(weights.to(layers[0].device) @ torch.stack(layers) for layers in zip(*each, strict=True)))
-
-
-def _gaps_of(teacher: nn.Module, chunks: Iterable[Tensor], prepare: Callable | None) -> BNGaps:
-    """Gaps of the statistics over all chunks together."""
     layers = sre2l.batch_norms(teacher)
     device = layers[0].running_mean.device
     sums = {layer: [0, 0.0, 0.0] for layer in layers}  # values a channel, their sum [C], that of their squares [C]
@@ -105,9 +79,9 @@ def _gaps_of(teacher: nn.Module, chunks: Iterable[Tensor], prepare: Callable | N
 
     hooks = [layer.register_forward_pre_hook(count) for layer in layers]
     try:
-        for chunk in chunks:
-            chunk = chunk.to(device)
-            teacher(chunk if prepare is None else prepare(chunk))
+        for part in images.split(chunk):
+            part = part.to(device)
+            teacher(part if prepare is None else prepare(part))
     finally:
         for hook in hooks:
             hook.remove()

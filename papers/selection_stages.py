@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from papers.matching_stages import MatchingSetup
     from papers.stages import Lab, Stage
 
-__all__ = ["SELECTIONS", "images"]
+__all__ = ["SELECTIONS", "doubled", "images"]
 
 HARD = "hard-truths-hard"  # the protocol of students that EL2N-Best is chosen by
+TWICE = "twice"  # distill: {twice: true} takes the first half of a selection, each image twice
 BORROWED = "image-set"  # a set that a paper with trained teachers made, found by its cell
 SELECTIONS = {"coreset": coresets, "cad": cad, BORROWED: None}
 SELECTS = (  # fields of a config of cad.py that the scoring run does not depend on
@@ -62,8 +63,9 @@ def _seen(on: matching.Task, compile: bool) -> Scored:
 
 
 def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Task, seed: int) -> Stage:
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items() if k != "augment"}
-    config, ipc = coresets.Config(**options), setup.distill["ipc"]
+    beside = ("augment", TWICE)  # no settings of the method
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in setup.distill.items() if k not in beside}
+    config, ipc, twice = coresets.Config(**options), setup.distill["ipc"], bool(setup.distill.get(TWICE))
     coresets.check(config, on.train.labels)
     needs = (_bank(lab, setup, on, config),) if coresets.METHODS[config.method] != "none" else ()
     # The same set under every label regime: EL2N-Best chooses by students under hard labels.
@@ -76,6 +78,8 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Task, seed: int) -> St
             bank, on.train.labels, config, generator=rng(seed, "selection"), device=on.device,
             accuracy=trial(work, on, tested, seed),
         )  # fmt: skip
+        if twice:
+            found = doubled(found)
         rows = found["indices"]
         chosen = {"images": on.prepare(on.train.images[rows.to(on.train.images.device)])}
         chosen |= {name: found[name] for name in ("labels", "weights") if name in found}  # weights: of CRAIG
@@ -86,9 +90,26 @@ def _coreset(lab: Lab, setup: MatchingSetup, on: matching.Task, seed: int) -> St
     settings["config"] |= {"precision": needs[0].settings["run"]["precision"]} if needs else {}
     settings |= {"protocol": tested.settings()} if tries else {}
     settings |= {"weighted": True} if config.method == "craig" else {}  # its weights are part of the set
+    settings |= {TWICE: True} if twice else {}
     views, held = 3 * tested.passes * ipc * len(on.train.classes), len(on.train) / 10
-    cost, what = tries * (views + held) * on.flops, f"{config.method} images, {setup.run_on}, IPC {ipc}"
+    cost = tries * (views + held) * on.flops
+    what = f"{config.method} images{', half of them twice' * twice}, {setup.run_on}, IPC {ipc}"
     return lab.stage("distill", settings, (on.train.fingerprint, *needs), build, cost, what, *needs)
+
+
+def doubled(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A degenerate selection of the same size: the better half of each class, every image twice.
+
+    found: indices and labels, int64 [M], each class from its best image on.  ValueError for a class of an odd number.
+    """
+    labels = found["labels"]
+    counts = labels.bincount()
+    if (counts % 2).any():
+        odd = int((counts % 2).nonzero()[0])
+        raise ValueError(f"class {odd} has {int(counts[odd])} images; half of them, twice, needs an even number")
+    own = [(labels == k).nonzero().flatten() for k in range(len(counts))]
+    rows = torch.cat([places[: len(places) // 2].repeat_interleave(2) for places in own])
+    return {name: found[name][rows] for name in ("indices", "labels", "weights") if name in found}
 
 
 def _bank(lab: Lab, setup: MatchingSetup, on: matching.Task, config: coresets.Config) -> Stage:

@@ -261,7 +261,7 @@ def test_attacks_similarity_and_objectives():
         attacked = attacks.pgd(net, images, labels, 8 / 255, prepare=on.inputs, steps=2, generator=rng("starts"))
         other, colours = on.make_network(rng("other")).to(device), lambda x: x.to(device).expand(-1, 3, -1, -1) / 255
         same, _, _ = cka.similarity(net, other, images, prepare=on.prepare, device=device, batch=16)
-        gaps = objectives.bn_gaps(teacher(device), images, labels, batch=8, prepare=colours)
+        gaps = objectives.bn_gaps(teacher(device), images, chunk=8, prepare=colours)
         real, own = (on.train.images[:200], on.train.labels[:200]), (images, labels)
         facts = {"make_network": on.make_network, "device": device}
         means = objectives.dm_loss(real, [own], seeds=range(2), augment=on.augment, prepare=on.prepare, **facts)

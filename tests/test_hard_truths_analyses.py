@@ -166,14 +166,6 @@ def test_very_poor_subsets_are_found_at_their_own_size():
         analyses.very_poor(accuracies, ipc, share=30)
 
 
-def test_doubled_subsets():
-    rows, labels = torch.tensor([7, 3, 9, 5, 1, 8]), torch.tensor([0, 1, 0, 1, 0, 0])
-    assert analyses.doubled(rows, labels).tolist() == [7, 7, 3, 3, 9, 9]
-    assert analyses.doubled(rows, labels, keep_size=False).sort().values.tolist() == sorted(rows.tolist() * 2)
-    with pytest.raises(ValueError, match="class 1 has 1 images"):
-        analyses.doubled(rows[:3], labels[:3])
-
-
 # ---------------------------------------------------------------- the scaling law
 
 EPOCHS = scaling.fitted_epochs(40)

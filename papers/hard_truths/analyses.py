@@ -6,15 +6,15 @@ EL2N-SL  Section 4: the norm of an image's gradient under the labels of a teache
 DCS      Section 7: rank correlation between the loss that an objective gives to a subset and the error of a student
          trained on that subset (`dcs`); +1 for an objective that orders subsets as their students do
 
-The losses are those of papers/objectives.py.  The tables run DCS of three on the sets of the table of selectors: Eq. 1
-on exact statistics of the whole subset (`bn_loss`), Eq. 4 from the start epochs of one expert (`tm_loss`) and Eq. 5 of
-five random networks, images as they are (`dm_loss`).  In no table, for experiments of your own: `doubled`.
+The losses are those of papers/objectives.py.  The tables run DCS of four on the sets of the table of selectors: Eqs 1
+and 2 on exact statistics of the whole subset (`bn_loss`, `dwa_loss`), Eq. 4 from the start epochs of one expert
+(`tm_loss`) and Eq. 5 of five random networks, images as they are (`dm_loss`).
 
 Where the paper is silent, and what is taken here:
   size of a subset   "adjusted for", without a formula  -> partial Spearman: ranks of loss and error, each freed of what
                      a line in the rank of IPC explains, then Pearson; beside it the plain one and one for each IPC
   poor subsets       "extremely poor" ones are left out  -> more than 30 % below the best accuracy at their IPC
-  doubled subsets    "repeating the elements twice"  -> half of each class, twice, of unchanged size; or all of it
+  doubled subsets    "repeating the elements twice"  -> half of each class, twice, of unchanged size
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from papers.objectives import place_in_class
-
-__all__ = ["DCS", "dcs", "doubled", "el2n_sl", "partial_spearman", "spearman", "very_poor"]
+__all__ = ["DCS", "dcs", "el2n_sl", "partial_spearman", "spearman", "very_poor"]
 
 
 # ---------------------------------------------------------------- EL2N under soft labels
@@ -163,18 +161,3 @@ def very_poor(accuracies, ipc, share: float = 0.3) -> np.ndarray:
         raise ValueError(f"share={share} is not allowed; it lies in 0 to 1")
     best = np.array([accuracies[ipc == size].max() for size in ipc])
     return accuracies < (1 - share) * best
-
-
-def doubled(rows: Tensor, labels: Tensor, *, keep_size: bool = True) -> Tensor:
-    """A degenerate subset, image numbers int64: everything in it stands there twice.
-
-    rows, labels [M]: image numbers and classes of the subset.  keep_size: of each class the first half of its rows, so
-    that the size is still M; otherwise all rows, which makes 2 M.
-    """
-    if not keep_size:
-        return rows.repeat_interleave(2)
-    place, counts = place_in_class(labels), labels.bincount()
-    if (counts % 2).any():
-        odd = int((counts % 2).nonzero()[0])
-        raise ValueError(f"class {odd} has {int(counts[odd])} images; half of them, twice, needs an even number")
-    return rows[place < counts[labels] // 2].repeat_interleave(2)

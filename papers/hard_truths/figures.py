@@ -34,10 +34,12 @@ __all__ = [
 REGIMES = ("HL", "SL", "SL+KD")
 MADE = ("CA2D", "DM")  # images that no camera took
 OBJECTIVE_WORDS = {
-    "BN loss": "BN loss is SRe2L's", "DM loss": "DM loss that of random networks",
-    "TM loss": "TM loss MTT's, the mean over start epochs of an expert",
+    "BN loss": "BN loss is SRe2L's", "DWA loss": "DWA loss counts the variances more",
+    "DM loss": "DM loss is that of random networks",
+    "TM loss": "TM loss is MTT's, the mean over start epochs of an expert",
 }  # fmt: skip
-FAMILIES = ("EL2N", "forgetting")  # selectors that read one and the same score
+FAMILIES = ("EL2N", "forgetting", "CAL", "GraphCut")  # sets by one and the same score
+TWICE = ", half of it twice"  # ends the name of a degenerate set: half of the images of another one, each twice
 
 
 def common_sets(data: pd.DataFrame) -> dict[int, pd.DataFrame]:
@@ -349,12 +351,15 @@ def figure3(run: Run) -> Figure | None:
     found = correlations(run)
     if not found:
         return None
-    figure, axes = drawing.axes_of(3.8 * len(found) + 0.8, 3.3, 1, len(found), sharey=True)
-    for ax, (objective, score) in zip(axes[0], found.items(), strict=True):
+    columns = 2 if len(found) == 4 else len(found)
+    lines = len(found) // columns
+    figure, axes = drawing.axes_of(3.8 * columns + 0.8, 3.3 * lines, lines, columns, sharey=True)
+    for ax, (objective, score) in zip(axes.flat, found.items(), strict=True):
         data = subsets(run, objective)
         sns.scatterplot(data, x="loss", y="error", hue="ipc", style="ipc", palette="viridis", s=24, ax=ax)
-        poor = data[data["poor"]]
+        poor, twice = data[data["poor"]], data[data["method"].str.endswith(TWICE)]
         ax.plot(poor["loss"], poor["error"], "x", color="C3", markersize=8)
+        ax.plot(twice["loss"], twice["error"], "o", color="C1", markersize=10, fillstyle="none")
         wide = data["loss"].max() > 5 * data["loss"].min() > 0
         ax.set(xlabel=f"{objective} of the images (no unit)", xscale="log" if wide else "linear")
         ax.set_ylabel("error of students, hard labels (%)")
@@ -364,11 +369,13 @@ def figure3(run: Run) -> Figure | None:
     count = next(iter(found.values())).subsets
     left_out = any(subsets(run, objective)["poor"].any() for objective in found)
     crossed = left_out * " Crossed out, and not counted: accuracy below 70 % of the best at that IPC."
+    degenerate = any(subsets(run, objective)["method"].str.endswith(TWICE).any() for objective in found)
+    ringed = degenerate * " Ringed: half of a set, every image twice."
     text = (
         f"{count} sets of real images, chosen in different ways: does a lower loss go with a lower error (rho near 1)?"
         f" {'; '.join(OBJECTIVE_WORDS[name] for name in found)};"
         " rank correlation of all sets, and given IPC with its 95 % interval from the bootstrap over selectors."
-        f"{crossed} {drawing.where(drawing.values(run, 'selectors'))}"
+        f"{crossed}{ringed} {drawing.where(drawing.values(run, 'selectors'))}"
     )
     return drawing.captioned(figure, text, run)
 
