@@ -1,11 +1,7 @@
 """CAD-Prune and CA2D against plain loops written from their formulas, closed forms, resume, determinism, copy rule."""
 
 import math
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +15,8 @@ from common.augment import CropResizeFlip, DiffAugment, rng
 from methods import cad, rded
 from methods.cad import Config, State
 from papers import selection_stages
+from tests.copied_file import Killed, killed_state, said_alone
 
-ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CLASSES, COUNT = 3, 60
 # 40 epochs of 2 x 3 images are 4 of 60: 8 snapshots in 24 steps of 10; 60 epochs of 10 steps where 5 are asked for.
@@ -360,10 +356,6 @@ def test_two_seeded_runs_are_equal_and_leave_the_global_state():
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-class Killed(Exception):
-    pass
-
-
 def killed(run, stop):
     """The tensors after `stop` steps of a run that is killed after the next one."""
     kept = {}
@@ -533,19 +525,10 @@ def test_the_lowest_losses_come_first_and_tiles_are_filled_best_first():
 
 
 def test_crops_stopped_between_classes_continue_bit_for_bit():
-    class Stop(Exception):
-        pass
-
-    def halt(state):
-        held.update({name: t.clone() for name, t in state.tensors().items()})
-        if state.number == 2:
-            raise Stop
-
-    (images, labels), held, facts = data(), {}, {"mean": MEAN, "std": STD}
+    (images, labels), facts = data(), {"mean": MEAN, "std": STD}
     given = Colour(), images, labels, torch.rand(COUNT, generator=rng("scores")), PARTS
     whole, _ = cad.synthesise(*given, generator=rng(0), **facts)
-    with pytest.raises(Stop):
-        cad.synthesise(*given, generator=rng(0), on_step=halt, **facts)
+    held = killed_state(2, cad.synthesise, *given, generator=rng(0), **facts)
     again, _ = cad.synthesise(*given, generator=rng(9), state=cad.Synthesis.restore(held), **facts)
     assert torch.equal(again, whole)
 
@@ -753,7 +736,4 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "cad.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("cad", ALONE, tmp_path) == "alone\n"

@@ -2,11 +2,7 @@
 
 import itertools
 import math
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +17,7 @@ from common import script_selection
 from common.augment import rng
 from methods import coresets
 from methods.coresets import METHODS, Bank, Config, CropFlip, State
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.copied_file import said_alone
 
 
 def normal(*shape, seed=0):
@@ -744,7 +739,4 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "coresets.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("coresets", ALONE, tmp_path) == "alone\n"

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,8 +17,8 @@ from common.augment import rng
 from common.networks import ConvNet
 from methods import dc
 from methods.dc import Config, Network, Real, State
+from tests.copied_file import killed_state, said_alone
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 K, SIZE = 3, 8
 EXACT, SINGLE = {"rtol": 1e-9, "atol": 1e-11}, {"rtol": 1e-4, "atol": 1e-5}
@@ -286,27 +284,16 @@ def test_seeds_decide_and_the_global_state_is_left_alone():
     assert one["images"].dtype == torch.float32 and one["labels"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_stopped_run_continues_bit_for_bit(stop, norm):
     images, labels = real_set(torch.float32)
-    config, make, kept = replace(LOOP, iterations=4), maker(norm, torch.float32), []
-    whole = dc.distill(images, labels, config, make_network=make, generator=rng(0))["images"]
-
-    def kill(state):
-        kept.append({n: t.clone() for n, t in state.tensors().items()})
-        if len(kept) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        dc.distill(images, labels, config, make_network=make, generator=rng(0), on_step=kill)
-    state = State.restore(kept[-1])
+    given = (images, labels, replace(LOOP, iterations=4))
+    make = maker(norm, torch.float32)
+    whole = dc.distill(*given, make_network=make, generator=rng(0))["images"]
+    state = State.restore(killed_state(stop, dc.distill, *given, make_network=make, generator=rng(0)))
     assert state.step == stop
-    resumed = dc.distill(images, labels, config, make_network=make, generator=rng("other"), state=state)
+    resumed = dc.distill(*given, make_network=make, generator=rng("other"), state=state)
     assert torch.equal(resumed["images"], whole)
 
 
@@ -451,7 +438,4 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "dc.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("dc", ALONE, tmp_path) == "alone\n"

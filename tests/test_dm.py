@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +18,8 @@ from common import networks
 from common.augment import DiffAugment, rng
 from methods import dm
 from methods.dm import Config, Embedding, State
+from tests.copied_file import killed_state, said_alone
 
-ROOT = Path(__file__).resolve().parent.parent
 AUGMENT = DiffAugment()
 
 
@@ -243,20 +241,9 @@ def test_two_seeded_runs_are_equal_and_leave_the_global_state():
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_run_continues_bit_for_bit(name, stop):
     make = {"make_network": maker(name)}
-    whole, kept = distill(**make)["images"], []
-
-    class Killed(Exception):
-        pass
-
-    def kill(state):
-        kept.append({k: v.clone() for k, v in state.tensors().items()})
-        if len(kept) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill(**make, on_step=kill)
-    assert int(kept[-1]["at"]) == stop
-    resumed = distill(**make, state=State.restore(kept[-1]), generator=rng("another"))["images"]
+    whole, kept = distill(**make)["images"], killed_state(stop, distill, **make)
+    assert int(kept["at"]) == stop
+    resumed = distill(**make, state=State.restore(kept), generator=rng("another"))["images"]
     assert torch.equal(resumed, whole)
 
 
@@ -383,7 +370,4 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "dm.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("dm", ALONE, tmp_path) == "alone\n"

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -18,8 +16,8 @@ from common.augment import DiffAugment, rng
 from common.networks import ConvNet
 from methods import dc, dsa
 from methods.dsa import Config, Network, Real, State
+from tests.copied_file import killed_state, said_alone
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 K, SIZE = 3, 8
 LOOP = Config(ipc=2, outer=3, inner=2, iterations=2, batch_real=5, batch_train=4, in_flight=2, lr=1.0, network_lr=0.1)
@@ -205,25 +203,14 @@ def test_seeds_decide_and_the_global_state_is_left_alone():
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_stopped_run_continues_bit_for_bit(stop):
     images, labels = real_set(torch.float32)
-    config, make, kept = replace(LOOP, iterations=4), maker(dtype=torch.float32), []
-    more = {"make_network": make, "augment": AUGMENT}
-    whole = dsa.distill(images, labels, config, generator=rng(0), **more)["images"]
-
-    def kill(state):
-        kept.append({n: t.clone() for n, t in state.tensors().items()})
-        if len(kept) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        dsa.distill(images, labels, config, generator=rng(0), on_step=kill, **more)
-    resumed = dsa.distill(images, labels, config, generator=rng("other"), state=State.restore(kept[-1]), **more)
+    given = (images, labels, replace(LOOP, iterations=4))
+    more = {"make_network": maker(dtype=torch.float32), "augment": AUGMENT}
+    whole = dsa.distill(*given, generator=rng(0), **more)["images"]
+    kept = killed_state(stop, dsa.distill, *given, generator=rng(0), **more)
+    resumed = dsa.distill(*given, generator=rng("other"), state=State.restore(kept), **more)
     assert torch.equal(resumed["images"], whole)
 
 
@@ -302,7 +289,4 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "dsa.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("dsa", ALONE, tmp_path) == "alone\n"

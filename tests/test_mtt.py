@@ -5,7 +5,6 @@ import copy
 import math
 import os
 import shutil
-import subprocess
 import sys
 import weakref
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from common.augment import DiffAugment, rng
 from common.datasets import load
 from methods import mtt
 from methods.mtt import Config, ExpertConfig, ExpertState, Match, State, Student
+from tests.copied_file import said_alone
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 3
@@ -783,10 +783,7 @@ print("alone", sorted(out))
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "mtt.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone ['images', 'labels', 'lr']\n", done.stderr
+    assert said_alone("mtt", ALONE, tmp_path) == "alone ['images', 'labels', 'lr']\n"
 
 
 def test_it_imports_torch_alone():

@@ -1,10 +1,6 @@
 """Natural mixing against its plain form and closed forms, resume, what runs share, fractals, the script."""
 
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +17,8 @@ from common.protocols import PROTOCOLS
 from common.store import Checkpoint
 from methods import natural_mixing
 from methods.natural_mixing import Config, Pool, State, attractor, fractal_pool, mix, mixed_epoch, random_maps, train
+from tests.copied_file import Killed, said_alone
 
-ROOT = Path(__file__).resolve().parent.parent
 COUNTS = (7, 1, 12)  # real images of each class
 SIDE = 8
 
@@ -278,10 +274,6 @@ def test_two_seeded_runs_are_equal_and_leave_the_global_state():
     again = run(config, **dropout)
     torch.set_rng_state(before)
     assert same(again, one)
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize(("optimizer", "stop"), [("adam", 1), ("adam", 4), ("sgd", 2), ("sgd", 4), ("sgd", 5)])
@@ -662,7 +654,4 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "natural_mixing.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("natural_mixing", ALONE, tmp_path) == "alone\n"

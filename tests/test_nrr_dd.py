@@ -3,8 +3,6 @@
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,10 +19,10 @@ from common import networks
 from common.augment import apply_cutmix, cutmix_box, rng
 from methods import nrr_dd
 from methods.nrr_dd import Config, State
+from tests.copied_file import OWN_NETWORK, killed_state, said_alone
 
 pytestmark = pytest.mark.usefixtures("untrained")
 
-ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FACTS = {"mean": MEAN, "std": STD}
 
@@ -210,20 +208,11 @@ def test_discovery_is_that_of_the_plain_form(patches, pooled, size):
 
 
 def test_a_stopped_discovery_continues_bit_for_bit(teacher, real):
-    class Stop(Exception):
-        pass
-
-    def halt(state):
-        held.update({name: t.clone() for name, t in state.tensors().items()})
-        if state.number == 2:
-            raise Stop
-
-    facts, held = {"size": 16, **FACTS}, {}
-    whole = nrr_dd.discover(*real, teacher, Config(ipc=2, pool=6), generator=rng(0), **facts)
-    with pytest.raises(Stop):
-        nrr_dd.discover(*real, teacher, Config(ipc=2, pool=6), generator=rng(0), on_step=halt, **facts)
-    facts |= {"generator": rng(9), "state": nrr_dd.Discovery.restore(held)}
-    assert torch.equal(nrr_dd.discover(*real, teacher, Config(ipc=2, pool=6), **facts), whole)
+    facts, given = {"size": 16, **FACTS}, (*real, teacher, Config(ipc=2, pool=6))
+    whole = nrr_dd.discover(*given, generator=rng(0), **facts)
+    kept = killed_state(2, nrr_dd.discover, *given, generator=rng(0), **facts)
+    facts |= {"generator": rng(9), "state": nrr_dd.Discovery.restore(kept)}
+    assert torch.equal(nrr_dd.discover(*given, **facts), whole)
 
 
 def test_crops_have_the_least_area_that_is_asked_for(teacher, real):
@@ -583,20 +572,9 @@ def test_two_seeded_runs_are_equal_and_seeds_differ(teacher, real):
 @pytest.mark.parametrize(("stop", "mask_every"), [(1, 0), (5, 0), (6, 0), (7, 0), (11, 0), (2, 2), (3, 2), (8, 2)])
 def test_a_stopped_run_continues_bit_for_bit(teacher, real, stop, mask_every, monkeypatch):
     config = replace(QUICK, mask_every=mask_every)
-    whole, kept = distill(teacher, real, config), []
-
-    class Killed(Exception):
-        pass
-
-    def kill(state):
-        kept.append({k: v.clone() for k, v in state.tensors().items()})
-        if len(kept) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill(teacher, real, config, on_step=kill)
+    whole, kept = distill(teacher, real, config), killed_state(stop, distill, teacher, real, config)
     monkeypatch.setattr(nrr_dd, "select", None)  # discovery is not done again
-    resumed = distill(teacher, real, config, seed=9, state=State.restore(kept[-1]))
+    resumed = distill(teacher, real, config, seed=9, state=State.restore(kept))
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
 
 
@@ -709,18 +687,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(teacher):
 
 # ---------------------------------------------------------------- the copy rule
 
-ALONE = """
+ALONE = f"""
 import torch, torchvision, nrr_dd
 nrr_dd.recognises = lambda *_: None  # the teachers are untrained
-class Own(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
-        self.last = torch.nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.last(self.norm(self.conv(x)).relu().amax((2, 3)))
-
+{OWN_NETWORK}
 images = torch.randint(0, 256, (30, 3, 64, 64), dtype=torch.uint8)
 config = nrr_dd.Config(ipc=1, pool=2, iterations=2, label_refinement=1.0)
 for teacher in (torchvision.models.resnet18(num_classes=3), Own()):
@@ -732,7 +702,4 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "nrr_dd.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("nrr_dd", ALONE, tmp_path) == "alone\n"

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields, replace
 from itertools import accumulate, pairwise, permutations
@@ -21,10 +19,10 @@ from common import networks
 from common.augment import rng
 from methods import rded
 from methods.rded import Config, State
+from tests.copied_file import killed_state, said_alone
 
 pytestmark = pytest.mark.usefixtures("untrained")
 
-ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -293,22 +291,9 @@ def test_two_seeded_runs_are_equal_and_seeds_differ(teacher, real):
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_stopped_run_continues_bit_for_bit(teacher, real, stop):
-    whole, kept = distill(teacher, real, QUICK), []
-
-    class Killed(Exception):
-        pass
-
-    def kill(state):
-        kept.append({k: v.clone() for k, v in state.tensors().items()})
-        if len(kept) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill(teacher, real, QUICK, on_step=kill)
-    numbers = []
-    resumed = distill(
-        teacher, real, QUICK, seed=9, state=State.restore(kept[-1]), on_step=lambda s: numbers.append(s.number)
-    )
+    whole, kept = distill(teacher, real, QUICK), killed_state(stop, distill, teacher, real, QUICK)
+    numbers, state = [], State.restore(kept)
+    resumed = distill(teacher, real, QUICK, seed=9, state=state, on_step=lambda s: numbers.append(s.number))
     assert numbers == list(range(stop + 1, 5))
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
 
@@ -482,10 +467,7 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "rded.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("rded", ALONE, tmp_path) == "alone\n"
 
 
 def test_the_students_recipe_is_the_released_one():

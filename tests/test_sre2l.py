@@ -5,7 +5,6 @@ import math
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,11 @@ from common import networks, script
 from common.augment import rng
 from methods import sre2l
 from methods.sre2l import PUBLISHED, PUBLISHED_CDA, Config, RecoverState
+from tests.copied_file import OWN_NETWORK, killed_state, said_alone
 from tests.user_network import MEAN, STD, Small
 
 pytestmark = pytest.mark.usefixtures("untrained")
 
-ROOT = Path(__file__).resolve().parent.parent
 LOW, HIGH = (torch.tensor([(e - m) / s for m, s in zip(MEAN, STD, strict=True)])[:, None, None] for e in (0, 1))
 
 
@@ -424,19 +423,8 @@ def test_two_seeded_runs_are_equal_and_seeds_differ(teacher):
 
 @pytest.mark.parametrize("stop", [1, 7, 8, 9, 15, 27])
 def test_a_stopped_run_continues_bit_for_bit(teacher, stop):
-    whole, kept = recover(teacher, QUICK), []
-
-    class Killed(Exception):
-        pass
-
-    def kill(state):
-        kept.append({k: v.clone() for k, v in state.tensors().items()})
-        if len(kept) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        recover(teacher, QUICK, on_step=kill)
-    assert torch.equal(recover(teacher, QUICK, seed=99, state=RecoverState.restore(kept[-1])), whole)
+    whole, kept = recover(teacher, QUICK), killed_state(stop, recover, teacher, QUICK)
+    assert torch.equal(recover(teacher, QUICK, seed=99, state=RecoverState.restore(kept)), whole)
 
 
 def test_parts_make_the_images_of_the_whole(teacher):
@@ -531,18 +519,10 @@ def test_unfit_teachers_are_named(teacher):
 
 # ---------------------------------------------------------------- the copy rule
 
-ALONE = """
+ALONE = f"""
 import torch, torchvision, sre2l
 sre2l.recognises = lambda *_: None  # the teachers are untrained
-class Own(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
-        self.last = torch.nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.last(self.norm(self.conv(x)).relu().amax((2, 3)))
-
+{OWN_NETWORK}
 images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
 config = sre2l.Config(ipc=2, iterations=2)
 for teacher in (torchvision.models.resnet18(num_classes=3), Own()):
@@ -584,7 +564,4 @@ def test_two_methods_at_once_are_refused(monkeypatch, capsys):
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "sre2l.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("sre2l", ALONE, tmp_path) == "alone\n"

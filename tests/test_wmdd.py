@@ -4,8 +4,6 @@ import ast
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +22,7 @@ from common import networks
 from common.augment import rng
 from methods import wmdd
 from methods.wmdd import Config, RecoverState, Statistics
+from tests.copied_file import OWN_NETWORK, killed_state, said_alone
 from tests.user_network import MEAN, STD, Small
 
 pytestmark = pytest.mark.usefixtures("untrained")
@@ -439,19 +438,8 @@ def test_two_seeded_runs_are_equal_and_seeds_differ(teacher, real):
 
 @pytest.mark.parametrize("stop", [1, 7, 8, 9, 15])
 def test_a_stopped_run_continues_bit_for_bit(teacher, real, stop):
-    whole, kept = distill(teacher, real, QUICK)["images"], []
-
-    class Killed(Exception):
-        pass
-
-    def kill(state):
-        kept.append({k: v.clone() for k, v in state.tensors().items()})
-        if len(kept) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        distill(teacher, real, QUICK, on_step=kill)
-    resumed = distill(teacher, real, QUICK, state=RecoverState.restore(kept[-1]))["images"]
+    whole, kept = distill(teacher, real, QUICK)["images"], killed_state(stop, distill, teacher, real, QUICK)
+    resumed = distill(teacher, real, QUICK, state=RecoverState.restore(kept))["images"]
     assert torch.equal(resumed, whole)
 
 
@@ -541,18 +529,10 @@ def test_a_teacher_without_batch_norm_is_named(real):
 
 # ---------------------------------------------------------------- the copy rule
 
-ALONE = """
+ALONE = f"""
 import torch, torchvision, wmdd
 wmdd.recognises = lambda *_: None  # the teachers are untrained
-class Own(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
-        self.last = torch.nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.last(self.norm(self.conv(x)).relu().amax((2, 3)))
-
+{OWN_NETWORK}
 images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
 config = wmdd.Config(ipc=2, iterations=2)
 for teacher in (torchvision.models.resnet18(num_classes=3), Own()):
@@ -564,10 +544,7 @@ print("alone")
 
 
 def test_the_file_runs_alone(tmp_path):
-    shutil.copy(ROOT / "methods" / "wmdd.py", tmp_path)
-    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ALONE}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "alone\n", done.stderr
+    assert said_alone("wmdd", ALONE, tmp_path) == "alone\n"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "methods").glob("*.py")), ids=lambda p: p.name)
